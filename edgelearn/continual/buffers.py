@@ -1,0 +1,93 @@
+"""Which samples a full buffer keeps: pure functions over ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from edgelearn.scenario.samples import EMPTY
+
+
+def reservoir(ids: Tensor, num_seen: int, arriving: Tensor, generator: Generator) -> Tensor:
+    """Reservoir sampling: each sample ever seen is kept with the same probability.
+
+    Reference: Vitter, "Random Sampling with a Reservoir", ACM TOMS 11(1), 1985, algorithm R.
+
+    Args:
+        ids: Buffer [capacity], int32, -1 where empty; filled from the front.
+        num_seen: Samples that arrived before.
+        arriving: Ids of new samples [n], int32.
+        generator: Source of randomness.
+
+    Returns:
+        The new buffer [capacity].
+    """
+    out = ids.clone()
+    capacity = len(out)
+    order = torch.arange(num_seen, num_seen + len(arriving))
+    draws = torch.rand(len(arriving), generator=generator, dtype=torch.float64)
+    places = torch.where(order < capacity, order, (draws * (order + 1)).to(torch.int64))
+    for place, sample in zip(places.tolist(), arriving.tolist(), strict=True):
+        if place < capacity:
+            out[place] = sample
+    return out
+
+
+def class_balanced(
+    ids: Tensor,
+    labels: Tensor,
+    seen_by_class: Tensor,
+    arriving: Tensor,
+    arriving_labels: Tensor,
+    generator: Generator,
+) -> tuple[Tensor, Tensor]:
+    """Class-balancing reservoir: the largest class gives way, within a class a reservoir.
+
+    Reference: Chrysakis and Moens, "Online Continual Learning from Imbalanced Data", ICML 2020,
+    algorithm 1.
+
+    Args:
+        ids: Buffer [capacity], int32, -1 where empty; filled from the front.
+        labels: Labels of the buffer [capacity], int64; ignored where empty.
+        seen_by_class: Samples of each class that arrived before [C], int64.
+        arriving: Ids of new samples [n], int32.
+        arriving_labels: Their labels [n], int64.
+        generator: Source of randomness.
+
+    Returns:
+        The new buffer [capacity] and the new counts [C].
+    """
+    out, seen = ids.tolist(), seen_by_class.tolist()
+    held: list[list[int]] = [[] for _ in seen]
+    for place, label in enumerate(labels.tolist()):
+        if out[place] != EMPTY:
+            held[label].append(place)
+    free = [place for place, sample in enumerate(out) if sample == EMPTY][::-1]
+    was_full = [False] * len(seen)  # "full" classes were once the largest
+    draws = torch.rand((len(arriving), 2), generator=generator, dtype=torch.float64).tolist()
+    for sample, label, (first, second) in zip(
+        arriving.tolist(), arriving_labels.tolist(), draws, strict=True
+    ):
+        seen[label] += 1
+        if free:
+            place = free.pop()
+            held[label].append(place)
+            out[place] = sample
+            continue
+        if not out:
+            continue
+        largest = max(range(len(held)), key=lambda c: len(held[c]))
+        size = len(held[largest])
+        for c, places in enumerate(held):
+            was_full[c] = was_full[c] or len(places) == size
+        if not was_full[label]:
+            place = held[largest].pop(int(first * size))
+            held[label].append(place)
+            out[place] = sample
+        elif first * seen[label] < len(held[label]):
+            place = held[label][int(second * len(held[label]))]
+            out[place] = sample
+    return (
+        torch.tensor(out, dtype=torch.int32),
+        torch.tensor(seen, dtype=torch.int64),
+    )

@@ -1,0 +1,119 @@
+"""Elastic weight consolidation: a quadratic pull towards what earlier experiences needed."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Generator, Tensor
+
+from edgelearn.continual.fisher import empirical_fisher
+from edgelearn.continual.memory import Declaration, Memory, TensorSpec
+from edgelearn.continual.strategy import ClientStrategy, Facts
+from edgelearn.params import FlatModel
+from edgelearn.scenario.samples import Batch, Samples
+
+MODES = ("online", "separate")
+STEPS = ("proximal", "explicit")
+
+
+@final
+class EWC(ClientStrategy):
+    r"""Penalize change of parameters in proportion to their Fisher information.
+
+    The penalty is (lambda / 2) sum_i F_i (theta_i - anchor_i)^2.
+
+    - "separate" keeps one quadratic per experience (Kirkpatrick et al., equation 3). A sum of
+      quadratics is a quadratic: with F = sum_k F_k and anchor = sum_k F_k theta_k / F it is
+      the same function up to a constant, which is kept too. So memory does not grow.
+    - "online" keeps one running Fisher, F <- gamma F + F_k, around the latest parameters
+      (Schwarz et al., section 4).
+
+    The penalty is taken as a proximal step after the optimizer's,
+    theta <- (theta + lr lambda F anchor) / (1 + lr lambda F), which can't diverge. As a gradient
+    ("explicit") it diverges once lr lambda F > 2. F is the empirical Fisher from per-example
+    gradients (`empirical_fisher`), which is about a batch size larger than the square of a batch's
+    mean gradient: a lambda from a codebase that uses the latter has to be divided accordingly.
+
+    References: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS
+    2017, arXiv:1612.00796; Schwarz et al., "Progress & Compress", ICML 2018, arXiv:1805.06370.
+
+    Args:
+        strength: lambda, at least 0.
+        mode: "online" or "separate".
+        decay: gamma of "online", in [0, 1].
+        step: "proximal" or "explicit".
+        max_fisher_samples: Samples for the Fisher; 0 uses all of the device's experience.
+    """
+
+    def __init__(
+        self,
+        *,
+        strength: float = 100.0,
+        mode: str = "online",
+        decay: float = 1.0,
+        step: str = "proximal",
+        max_fisher_samples: int = 0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
+        if step not in STEPS:
+            raise ValueError(f"step is {step!r}; allowed: {', '.join(STEPS)}")
+        if strength < 0:
+            raise ValueError(f"strength is {strength}; at least 0 is allowed")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay is {decay}; allowed: 0 to 1")
+        self.strength = strength
+        self.mode = mode
+        self.decay = decay
+        self.step = step
+        self.max_fisher_samples = max_fisher_samples
+
+    def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
+        """Declare the Fisher, the anchor and the constant of merged quadratics."""
+        size = model.layout.num_trained
+        return {
+            "fisher": TensorSpec((size,)),
+            "anchor": TensorSpec((size,)),
+            "constant": TensorSpec((1,)),
+        }
+
+    def penalty(self, params: Tensor, memory: Memory) -> Tensor:
+        """Return (lambda / 2) sum F (theta - anchor)^2 + constant, scalar."""
+        distance = (params - memory["anchor"]).square()
+        return 0.5 * self.strength * ((memory["fisher"] * distance).sum() + memory["constant"][0])
+
+    def loss(self, model: FlatModel, params: Tensor, batch: Batch, memory: Memory) -> Tensor:
+        """Cross-entropy, and the penalty where it is taken as a gradient."""
+        loss = super().loss(model, params, batch, memory)
+        return loss + self.penalty(params, memory) if self.step == "explicit" else loss
+
+    def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
+        """Take the implicit step of the penalty."""
+        if self.step == "explicit":
+            return params
+        pull = memory["fisher"] * (lr * self.strength)
+        return (params + pull * memory["anchor"]) / (1 + pull)
+
+    def finish(
+        self,
+        model: FlatModel,
+        params: Tensor,
+        data: Samples,
+        memory: Memory,
+        generator: Generator,  # noqa: ARG002
+    ) -> Memory:
+        """Merge the Fisher of the experience that has ended."""
+        if len(data) == 0:
+            return memory
+        new = empirical_fisher(model, params, data, max_samples=self.max_fisher_samples)
+        old, anchor = memory["fisher"], memory["anchor"]
+        if self.mode == "online":
+            return memory.replace(fisher=self.decay * old + new, anchor=params.clone())
+        total = old + new
+        safe = torch.where(total > 0, total, torch.ones_like(total))
+        merged = torch.where(total > 0, anchor + (new / safe) * (params - anchor), params)
+        constant = (old * (new / safe) * (params - anchor).square()).sum()
+        return memory.replace(
+            fisher=total, anchor=merged, constant=memory["constant"] + constant
+        )

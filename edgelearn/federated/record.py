@@ -1,0 +1,206 @@
+"""The run record: append-only JSON lines, and what can be asked of them.
+
+Lines, by their `kind`:
+
+- `run`: once, first: versions, seed, scenario digest, sizes, engine, orders of the devices;
+- `start`: once: accuracy of the untrained model;
+- `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock;
+- `devices`: at the end of an experience: each device's counts on each experience;
+- `end`: once, last: bytes by device, seconds.
+
+Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelearn.continual.metrics import ContinualScores, Matrix, Spread, scores, spread
+from edgelearn.errors import StateError
+
+Model = Literal["served", "float"]
+Line = dict[str, Any]
+
+
+def encode_line(line: Mapping[str, Any]) -> bytes:
+    """Return a line of the record as bytes."""
+    return (json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n").encode()
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read a record.
+
+    Raises:
+        StateError: If the file is missing, or a line of it is damaged (naming the line).
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise StateError(f"{path}: there is no record here") from None
+    lines: list[Line] = []
+    for number, text in enumerate(data.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or "kind" not in line:
+                raise ValueError("not an object with a kind")
+        except ValueError as error:
+            raise StateError(f"{path}, line {number}: damaged or truncated: {error}") from error
+        lines.append(line)
+    if not lines or lines[0]["kind"] != "run":
+        raise StateError(f"{path}: the record has no first line that describes the run")
+    return lines
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind, as data.
+
+    Attributes:
+        lines: All lines, in order.
+        path: The run's directory, if it has one.
+    """
+
+    lines: tuple[Line, ...]
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, directory: str | Path) -> RunRecord:
+        """Read the record of a run directory.
+
+        Raises:
+            StateError: If it is missing or damaged.
+        """
+        directory = Path(directory)
+        return cls(tuple(read_lines(directory / "record.jsonl")), directory)
+
+    @property
+    def run(self) -> Line:
+        """The line that describes the run."""
+        return self.lines[0]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run reached its end."""
+        return self.lines[-1]["kind"] == "end"
+
+    @property
+    def end(self) -> Line:
+        """The last line.
+
+        Raises:
+            StateError: If the run did not reach its end.
+        """
+        if not self.is_complete:
+            raise StateError(f"{self.path or 'this run'} is not complete; resume it first")
+        return self.lines[-1]
+
+    @cached_property
+    def rounds(self) -> tuple[Line, ...]:
+        """The lines of the rounds."""
+        return tuple(line for line in self.lines if line["kind"] == "round")
+
+    @cached_property
+    def device_rows(self) -> tuple[Line, ...]:
+        """The lines with each device's counts, one per finished experience."""
+        return tuple(line for line in self.lines if line["kind"] == "devices")
+
+    @property
+    def num_experiences(self) -> int:
+        """Experiences in the stream, T."""
+        return int(self.run["num_experiences"])
+
+    def accuracy(self, line: Line, model: Model = "served") -> Matrix:
+        """Return accuracies by experience id [T] of a `start` or `round` line; NaN if unmeasured."""
+        seen = line.get("accuracy")
+        if seen is None:
+            return np.full(self.num_experiences, np.nan)
+        return _ratio(np.array(seen[model]), np.array(seen["count"]))
+
+    def baseline(self, model: Model = "served") -> Matrix:
+        """Return the untrained model's accuracies by experience id [T]."""
+        found = [line for line in self.lines if line["kind"] == "start"]
+        return self.accuracy(found[0] if found else {}, model)
+
+    def matrix(self, model: Model = "served") -> Matrix:
+        """Return R [T, T] over the whole test set: row = position, column = experience id.
+
+        The accuracy of what the devices serve: all devices' test samples, pooled. Rows that were
+        not reached are NaN.
+        """
+        R = np.full((self.num_experiences, self.num_experiences), np.nan)
+        for line in self.device_rows:
+            counts = np.array(line["count"]).sum(0)
+            R[line["position"]] = _ratio(np.array(line[model]).sum(0), counts)
+        return R
+
+    def device_matrices(self, model: Model = "served") -> dict[int, Matrix]:
+        """Return R_k [T, T] of each device, columns in the order in which **it** met them."""
+        T = self.num_experiences
+        orders = self.run["orders"]
+        matrices: dict[int, Matrix] = {}
+        for line in self.device_rows:
+            values = _ratio(np.array(line[model]), np.array(line["count"]))
+            for device, row in zip(line["devices"], values, strict=True):
+                order = orders[device] if orders is not None else range(T)
+                matrix = matrices.setdefault(device, np.full((T, T), np.nan))
+                matrix[line["position"]] = row[list(order)]
+        return matrices
+
+    def scores(self, model: Model = "served") -> ContinualScores:
+        """Return the continual-learning scores of the fleet as a whole.
+
+        Where devices have different orders, there is no common diagonal: the scores are then
+        means over the devices' own matrices.
+        """
+        if self.run["orders"] is None:
+            return scores(self.matrix(model), self.baseline(model))
+        rows = [
+            list(scores(matrix, self.baseline(model)[self.run["orders"][device]]).as_dict().values())
+            for device, matrix in self.device_matrices(model).items()
+        ]
+        if not rows:
+            return ContinualScores(*[math.nan] * 6)
+        means = [_nanmean(np.array(column)) for column in zip(*rows, strict=True)]
+        return ContinualScores(*means)
+
+    def device_accuracy(self, model: Model = "served") -> Spread:
+        """Return how the final accuracy on all experiences is spread over devices."""
+        return spread(self.final_by_device(model))
+
+    def device_forgetting(self, model: Model = "served") -> Spread:
+        """Return how forgetting is spread over devices, each in its own order."""
+        return spread(
+            np.array(
+                [
+                    scores(matrix, np.full(len(matrix), np.nan)).forgetting
+                    for matrix in self.device_matrices(model).values()
+                ]
+            )
+        )
+
+    def final_by_device(self, model: Model = "served") -> NDArray[np.float64]:
+        """Return each device's final accuracy over all of its test samples."""
+        if not self.device_rows:
+            return np.array([])
+        line = self.device_rows[-1]
+        return _ratio(np.array(line[model]).sum(1), np.array(line["count"]).sum(1))
+
+
+def _ratio(correct: NDArray[Any], count: NDArray[Any]) -> NDArray[np.float64]:
+    out = np.full(np.shape(correct), np.nan)
+    np.divide(correct, count, out=out, where=np.asarray(count) > 0)
+    return out
+
+
+def _nanmean(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan

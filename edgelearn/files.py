@@ -1,0 +1,75 @@
+"""Files that are either whole or absent: temporary file, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgelearn.errors import StateError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; a crash leaves the old file or the new one, never a mixture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest_of(data: bytes) -> str:
+    """Return the fingerprint that edgelearn stores beside a file."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def read_checked(path: Path, digest: str | None = None) -> bytes:
+    """Read a file, and check it against its fingerprint where one is known.
+
+    Raises:
+        StateError: If the file is missing, or differs from what was written.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise StateError(f"{path}: the file is missing") from None
+    if digest is not None and digest_of(data) != digest:
+        raise StateError(
+            f"{path}: damaged or truncated ({len(data)} bytes with fingerprint "
+            f"{digest_of(data)}, expected {digest})"
+        )
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        StateError: If it is missing or is not JSON.
+    """
+    data = read_checked(path)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise StateError(f"{path}: damaged or truncated, not JSON: {error}") from error

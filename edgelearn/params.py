@@ -1,0 +1,154 @@
+"""Parameters as one flat float32 vector and its layout.
+
+Load is a copy, an update is in place, an average is an axpy. State dicts and Flower records exist
+only at the border. The vector holds the trainable parameters first and floating-point buffers
+(such as batch-norm statistics) after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edgelearn.errors import StateError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and places of the tensors in a flat vector.
+
+    Attributes:
+        names: Tensor names, in order.
+        shapes: Their shapes.
+        num_trained_tensors: How many of them, from the front, training changes by gradient.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    num_trained_tensors: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        """Return the layout of a module's parameters and floating-point buffers."""
+        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        carried = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+        carried += [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
+        tensors = trained + carried
+        return cls(
+            names=tuple(name for name, _ in tensors),
+            shapes=tuple(tuple(t.shape) for _, t in tensors),
+            num_trained_tensors=len(trained),
+        )
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of elements of the vector, P."""
+        return sum(self.sizes)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Number of leading elements that training changes by gradient, T <= P."""
+        return sum(self.sizes[: self.num_trained_tensors])
+
+    @cached_property
+    def digest(self) -> str:
+        """Short fingerprint; two layouts with the same one are interchangeable."""
+        text = json.dumps([self.names, self.shapes, self.num_trained_tensors])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return named views of `flat` [P], or of its trained part [T]; nothing is copied."""
+        count = len(self.names) if flat.shape[-1] == self.size else self.num_trained_tensors
+        pieces = flat.split(self.sizes[:count])
+        return {
+            name: piece.view(shape)
+            for name, piece, shape in zip(self.names, pieces, self.shapes, strict=False)
+        }
+
+    def flatten(self, tensors: Mapping[str, Any]) -> Tensor:
+        """Copy named tensors or arrays into a new vector [P], float32.
+
+        Raises:
+            StateError: If a name is missing or unknown, or a shape differs.
+        """
+        if missing := [name for name in self.names if name not in tensors]:
+            raise StateError(f"parameters lack {', '.join(missing)}")
+        if unknown := [name for name in tensors if name not in self.names]:
+            raise StateError(f"parameters have unknown names {', '.join(unknown)}")
+        flat = torch.empty(self.size, dtype=torch.float32)
+        for name, view in self.views(flat).items():
+            value = torch.as_tensor(tensors[name])
+            if value.shape != view.shape:
+                raise StateError(
+                    f"parameter {name!r} has shape {tuple(value.shape)}, "
+                    f"expected {tuple(view.shape)}"
+                )
+            view.copy_(value)
+        return flat
+
+
+class FlatModel:
+    """A module as a pure function of a flat parameter vector: `model(params, x) -> logits`.
+
+    Example:
+        >>> model = FlatModel(nn.Linear(4, 2))
+        >>> params = model.initial()
+        >>> model(params, torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.layout = Layout.of(module)
+
+    def initial(self) -> Tensor:
+        """Return a new vector [P] with the module's own values."""
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return self.layout.flatten({n: state[n].detach() for n in self.layout.names})
+
+    def __call__(self, params: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the module.
+
+        Args:
+            params: Vector [P], or its trained part [T] while the module holds the rest
+                (`carry`).
+            x: Inputs [B, ...].
+
+        Returns:
+            Logits [B, C].
+        """
+        out: Tensor = functional_call(self.module, self.layout.views(params), (x,))
+        return out
+
+    def carry(self, params: Tensor) -> None:
+        """Bind the module's untrained tensors to the tail of `params` [P], by reference.
+
+        A training step differentiates with respect to the trained part alone; what a forward
+        pass writes (batch-norm statistics) lands in the tail of this vector.
+        """
+        names = self.layout.names[self.layout.num_trained_tensors :]
+        if not names:
+            return
+        views = self.layout.views(params)
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.module.get_submodule(owner)
+            table = module._buffers if leaf in module._buffers else module._parameters
+            if leaf in module._buffers:
+                table[leaf] = views[name]
+            else:
+                table[leaf] = nn.Parameter(views[name], requires_grad=False)

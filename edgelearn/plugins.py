@@ -1,0 +1,93 @@
+"""Names -> classes: built-ins, installed entry points, `module:Class` and `path/file.py:Class`.
+
+Built-ins are entry points like anybody else's: what `pyproject.toml` declares is all there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgelearn.errors import PluginError, nearest
+
+CLIENT_STRATEGIES = "edgelearn.client_strategies"
+RUNTIMES = "edgelearn.runtimes"
+DATASETS = "edgelearn.datasets"
+MODELS = "edgelearn.models"
+
+
+def names(group: str) -> tuple[str, ...]:
+    """Return the sorted names that a plug-in group offers."""
+    return tuple(sorted({entry.name for entry in importlib.metadata.entry_points(group=group)}))
+
+
+def resolve(reference: str, group: str) -> Any:
+    """Return the object behind a name, a `module:Class` or a `path/file.py:Class`.
+
+    Args:
+        reference: What the user wrote.
+        group: The entry-point group in which plain names are looked up.
+
+    Raises:
+        PluginError: If nothing stands behind the reference, or importing it fails.
+    """
+    if ":" in reference:
+        return _from_location(reference)
+    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
+    if reference not in found:
+        kind = group.rpartition(".")[2].replace("_", " ")
+        raise PluginError(
+            f"unknown name {reference!r} among the {kind}: {', '.join(sorted(found)) or 'none'}"
+            f"{nearest(reference, found)}; or give module:Class or path/to/file.py:Class"
+        )
+    try:
+        return found[reference].load()
+    except (ImportError, AttributeError) as error:
+        raise PluginError(
+            f"{reference!r} ({found[reference].value}) cannot be loaded: {error}"
+        ) from error
+
+
+def _from_location(reference: str) -> Any:
+    place, _, attribute = reference.rpartition(":")
+    if not place or not attribute:
+        raise PluginError(f"{reference!r}: expected module:Class or path/to/file.py:Class")
+    module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
+    if not hasattr(module, attribute):
+        offered = [name for name in vars(module) if not name.startswith("_")]
+        raise PluginError(f"{place} has no {attribute!r}{nearest(attribute, offered)}")
+    return getattr(module, attribute)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PluginError(f"module {name!r} cannot be imported: {error}") from error
+
+
+def _load_file(path: Path) -> Any:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise PluginError(f"no file {path}")
+    # A stable name, so that worker processes that load the same file agree on the class.
+    digest = hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()
+    name = f"edgelearn_plugin_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise PluginError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,131 @@
+"""Who holds which samples: every index goes to exactly one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelearn.errors import Fault, ScenarioError
+from edgelearn.scenario.spec import PartitionSpec
+
+Indices = NDArray[np.int32]
+
+
+def partition(
+    spec: PartitionSpec,
+    *,
+    labels: NDArray[np.int64],
+    users: NDArray[np.int64] | None,
+    num_devices: int,
+    generator: np.random.Generator,
+) -> list[Indices]:
+    """Deal samples out to devices.
+
+    Args:
+        spec: The kind and its parameters.
+        labels: Label of each sample [N].
+        users: Natural user of each sample [N], if the data set has users.
+        num_devices: Number of devices.
+        generator: Source of randomness.
+
+    Returns:
+        For each device its indices, int32, in random order; together each of 0..N-1 once.
+
+    Raises:
+        ScenarioError: If the data set has no users, fewer users than devices, or too few samples
+            for the shards.
+    """
+    if spec.kind == "iid":
+        groups = np.array_split(generator.permutation(len(labels)), num_devices)
+    elif spec.kind == "dirichlet":
+        groups = _dirichlet(labels, num_devices, spec.alpha, generator)
+    elif spec.kind == "shards":
+        groups = _shards(labels, num_devices, spec.shards_per_device, generator)
+    else:
+        groups = _by_user(users, num_devices)
+    return [generator.permutation(group).astype(np.int32) for group in groups]
+
+
+def partition_like(
+    train: Sequence[Indices],
+    *,
+    train_labels: NDArray[np.int64],
+    test_labels: NDArray[np.int64],
+    generator: np.random.Generator,
+) -> list[Indices]:
+    """Deal test samples out so that each device's labels follow those of its training data.
+
+    Each class of the test set is split over the devices in proportion to how many training
+    samples of it they hold, so local test sets together are the whole test set.
+    """
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in train]
+    for label in np.unique(test_labels):
+        held = np.array([np.count_nonzero(train_labels[ids] == label) for ids in train])
+        weights = held if held.sum() else np.ones(len(train))
+        shuffled = generator.permutation(np.flatnonzero(test_labels == label))
+        for part, piece in zip(parts, _split(shuffled, weights), strict=True):
+            part.append(piece)
+    return [np.concatenate(part).astype(np.int32) for part in parts]
+
+
+def _split(indices: NDArray[np.int64], weights: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    cuts = np.cumsum(weights / weights.sum())[:-1] * len(indices)
+    return np.split(indices, np.round(cuts).astype(np.int64))
+
+
+def _dirichlet(
+    labels: NDArray[np.int64], num_devices: int, alpha: float, generator: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Label skew of Hsu, Qi, Brown 2019 (arXiv:1909.06335), in the per-class form of Li et al."""
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_devices)]
+    for label in np.unique(labels):
+        shuffled = generator.permutation(np.flatnonzero(labels == label))
+        shares = generator.dirichlet(np.full(num_devices, alpha))
+        if not np.isfinite(shares).all():  # a tiny alpha underflows: one device takes it all
+            shares = np.eye(num_devices)[generator.integers(num_devices)]
+        for part, piece in zip(parts, _split(shuffled, shares), strict=True):
+            part.append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def _shards(
+    labels: NDArray[np.int64], num_devices: int, per_device: int, generator: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Pathological split of McMahan et al. 2017 (arXiv:1602.05629): label-sorted shards."""
+    num_shards = num_devices * per_device
+    if num_shards > len(labels):
+        raise ScenarioError(
+            "partition",
+            [
+                Fault(
+                    "partition",
+                    "shards_per_device",
+                    f"{num_devices} devices x {per_device} shards are more than the "
+                    f"{len(labels)} samples",
+                )
+            ],
+        )
+    by_label = np.argsort(labels, kind="stable")
+    shards = np.array_split(by_label, num_shards)
+    order = generator.permutation(num_shards)
+    return [
+        np.concatenate([shards[s] for s in order[d * per_device : (d + 1) * per_device]])
+        for d in range(num_devices)
+    ]
+
+
+def _by_user(users: NDArray[np.int64] | None, num_devices: int) -> list[NDArray[np.int64]]:
+    if users is None:
+        fault = Fault("partition", "kind", "the data set has no natural users")
+        raise ScenarioError("partition", [fault])
+    names = np.unique(users)
+    if len(names) < num_devices:
+        fault = Fault(
+            "fleet", "num_devices", f"{num_devices} devices but the data set has {len(names)} users"
+        )
+        raise ScenarioError("partition", [fault])
+    return [
+        np.flatnonzero(np.isin(users, group)) for group in np.array_split(names, num_devices)
+    ]

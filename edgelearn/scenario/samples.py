@@ -1,0 +1,237 @@
+"""Samples as ids into a store, and batches gathered from it.
+
+A simulated device holds ids into one data set that the whole fleet shares (`SharedSamples`); a
+real device holds ids into its own slots (`OwnedSamples`). Everything above sees ids only, so the
+same replay buffer is an index list here and stored pixels there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a training step sees.
+
+    Attributes:
+        x: Inputs [B, ...], float32, normalized.
+        y: Labels [B], int64.
+        weight: Weight of each sample in the loss [B], float32, summing to 1; None is the mean.
+        mask: Classes that the sample's task allows [B, C], bool (task-incremental only).
+    """
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def join(self, other: Batch | None, *, share: float | None = None) -> Batch:
+        """Append `other`, as replay does.
+
+        Args:
+            other: What to append; None and an empty batch change nothing.
+            share: The part of the loss that `other` gets, in [0, 1]; None weighs all samples
+                alike.
+        """
+        if other is None or len(other) == 0:
+            return self
+        weight = None
+        if share is not None:
+            mine = torch.full((len(self),), (1.0 - share) / len(self))
+            weight = torch.cat([mine, torch.full((len(other),), share / len(other))])
+        mask = None
+        if self.mask is not None and other.mask is not None:
+            mask = torch.cat([self.mask, other.mask])
+        return Batch(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), weight, mask)
+
+
+class SampleStore(Protocol):
+    """Where sample ids lead to."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes that one stored sample costs a device."""
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """Return the labels [n], int64."""
+
+    def batch(self, ids: Tensor) -> Batch:
+        """Gather samples [n] and normalize them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How stored samples become inputs: x = (stored * scale - mean) / std.
+
+    Attributes:
+        scale: Factor of the stored numbers.
+        mean: Subtracted after scaling.
+        std: Divisor.
+        task_masks: For task-incremental streams, classes allowed beside each label [C, C], bool.
+    """
+
+    scale: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    task_masks: Tensor | None = None
+
+    def decode(self, stored: Tensor, labels: Tensor) -> Batch:
+        """Return the batch of stored samples [n, ...] and labels [n]."""
+        x = stored.to(torch.float32).mul_(self.scale / self.std).sub_(self.mean / self.std)
+        mask = self.task_masks[labels] if self.task_masks is not None else None
+        return Batch(x, labels, None, mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Domains:
+    """Domains as weighted re-samplings of the features: x'[f] = sum_t weight[t, f] x[index[t, f]].
+
+    A permutation has one tap, a bilinear rotation four.
+
+    Attributes:
+        index: [D, taps, F], int64.
+        weight: [D, taps, F], float32.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+    def apply(self, stored: Tensor, domain: Tensor) -> Tensor:
+        """Return samples [n, ...] as seen in their domains [n], in the stored dtype."""
+        flat = stored.reshape(len(stored), -1)
+        if self.index.shape[1] == 1:
+            return flat.gather(1, self.index[domain, 0]).view_as(stored)
+        out = torch.zeros(flat.shape, dtype=torch.float32)
+        for tap in range(self.index.shape[1]):
+            out += self.weight[domain, tap] * flat.gather(1, self.index[domain, tap])
+        return out.round_().to(stored.dtype).view_as(stored)
+
+
+class SharedSamples:
+    """One data set for a whole simulated fleet; an id is domain * N + index."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, encoding: Encoding, domains: Domains | None = None
+    ) -> None:
+        self.x, self.y = x, y
+        self.encoding = encoding
+        self.domains = domains
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one stored sample, with one byte for the label."""
+        return self.x[0].numel() * self.x.element_size() + 1
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """Return the labels [n], int64."""
+        return self.y[ids.to(torch.int64) % len(self.y)]
+
+    def stored(self, ids: Tensor) -> Tensor:
+        """Return samples [n, ...] as a device stores them, before normalization."""
+        ids = ids.to(torch.int64)
+        base = self.x.index_select(0, ids % len(self.y))
+        if self.domains is None:
+            return base
+        return self.domains.apply(base, torch.div(ids, len(self.y), rounding_mode="floor"))
+
+    def batch(self, ids: Tensor) -> Batch:
+        """Gather samples [n] and normalize them."""
+        return self.encoding.decode(self.stored(ids), self.labels(ids))
+
+
+class OwnedSamples:
+    """Samples in a device's own slots; an id is a slot, and unreferenced slots are freed."""
+
+    def __init__(self, x: Tensor, y: Tensor, encoding: Encoding) -> None:
+        self.x, self.y = x, y
+        self.encoding = encoding
+        self._used = torch.zeros(len(y), dtype=torch.bool)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one stored sample, with one byte for the label."""
+        return self.x[0].numel() * self.x.element_size() + 1 if len(self.x) else 0
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, encoding: Encoding) -> OwnedSamples:
+        """Return a store without samples."""
+        x = torch.empty((0, *shape), dtype=dtype)
+        return cls(x, torch.empty(0, dtype=torch.int64), encoding)
+
+    @classmethod
+    def restore(cls, x: Tensor, y: Tensor, used: Tensor, encoding: Encoding) -> OwnedSamples:
+        """Return a store as it was saved: slots, labels and which of them are in use."""
+        store = cls(x, y, encoding)
+        store._used = used.to(torch.bool)
+        return store
+
+    @property
+    def used(self) -> Tensor:
+        """Which slots hold a sample [n], bool."""
+        return self._used
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Store samples [n, ...] with labels [n]; return their ids [n], int32."""
+        free = (~self._used).nonzero().flatten()[: len(y)]
+        short = len(y) - len(free)
+        if short > 0:
+            start = len(self.y)
+            self.x = torch.cat([self.x, x.new_empty((short, *x.shape[1:]))])
+            self.y = torch.cat([self.y, torch.zeros(short, dtype=torch.int64)])
+            self._used = torch.cat([self._used, torch.zeros(short, dtype=torch.bool)])
+            free = torch.cat([free, torch.arange(start, start + short)])
+        self.x[free], self.y[free] = x, y.to(torch.int64)
+        self._used[free] = True
+        return free.to(torch.int32)
+
+    def retain(self, ids: Tensor) -> None:
+        """Forget every sample that is not in `ids`."""
+        keep = torch.zeros_like(self._used)
+        keep[ids[ids != EMPTY].to(torch.int64)] = True
+        self._used &= keep
+        self.x[~self._used] = 0  # what is forgotten is gone, not merely unreferenced
+        self.y[~self._used] = 0
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """Return the labels [n], int64."""
+        return self.y[ids.to(torch.int64)]
+
+    def batch(self, ids: Tensor) -> Batch:
+        """Gather samples [n] and normalize them."""
+        ids = ids.to(torch.int64)
+        return self.encoding.decode(self.x[ids], self.y[ids])
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Some samples of a store: what a device has of one experience.
+
+    Attributes:
+        store: Where the ids lead.
+        ids: [n], int32.
+    """
+
+    store: SampleStore
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [n], int64."""
+        return self.store.labels(self.ids)
+
+    def batch(self, positions: Tensor | slice = slice(None)) -> Batch:
+        """Gather the samples at some positions, or all of them."""
+        return self.store.batch(self.ids[positions])

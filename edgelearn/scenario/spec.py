@@ -1,0 +1,198 @@
+"""The scenario: what is learned, who sees which part of it, and when.
+
+Frozen data, read from TOML. Each field says what it allows; `edgelearn.scenario.load` checks a
+file against these rules and reports every fault at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+PARTITIONS = ("iid", "dirichlet", "shards", "user")
+STREAMS = ("class-incremental", "task-incremental", "domain-incremental")
+ORDERS = ("shared", "per-device")
+TRANSFORMS = ("permute", "rotate")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+ENGINES = ("auto", "reference", "pool")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a field allows.
+
+    Attributes:
+        help: One line for people.
+        choices: Allowed values, if they are few.
+        minimum: Smallest allowed number (or number of items).
+        maximum: Largest allowed number.
+        above: The number must be larger than this.
+        plugins: Entry-point group in which plain names are looked up.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    plugins: str | None = None
+
+
+def _rule(help: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:  # noqa: A002
+    return field(default=default, metadata={"rule": Rule(help, **limits)})
+
+
+def _table(help: str) -> Any:  # noqa: A002
+    return field(
+        default_factory=lambda: MappingProxyType({}), metadata={"rule": Rule(help)}, hash=False
+    )
+
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSpec:
+    """`[data]`: the samples."""
+
+    dataset: str = _rule("name, module:function or file.py:function", plugins="edgelearn.datasets")
+    root: str = _rule("folder to look in before the usual places", default="")
+    download: bool = _rule("fetch the data set if it is nowhere on this machine", default=False)
+    max_train: int = _rule("use at most this many training samples; 0 is all", 0, minimum=0)
+    max_test: int = _rule("use at most this many test samples; 0 is all", 0, minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """`[model]`: the network."""
+
+    name: str = _rule("name, module:factory or file.py:factory", plugins="edgelearn.models")
+    args: Arguments = _table("arguments of the factory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSpec:
+    """`[fleet]`: the devices."""
+
+    num_devices: int = _rule("devices in the fleet", minimum=1, maximum=10_000_000)
+    cohort: int = _rule("devices chosen for a round", minimum=1)
+    profiles: Mapping[str, float] = _table("device profile -> its share of the fleet")
+    deadline_s: float = _rule(
+        "virtual seconds after which a reply is late; 0 is none", 0.0, minimum=0.0
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionSpec:
+    """`[partition]`: who holds which samples."""
+
+    kind: str = _rule("how samples are dealt out", "iid", choices=PARTITIONS)
+    alpha: float = _rule("Dirichlet concentration; small is skewed", 0.5, above=0.0)
+    shards_per_device: int = _rule("label-sorted shards that each device gets", 2, minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpec:
+    """`[stream]`: when a device sees what."""
+
+    kind: str = _rule("what changes from one experience to the next", choices=STREAMS)
+    num_experiences: int = _rule("experiences in the stream", minimum=1, maximum=1000)
+    rounds_per_experience: int = _rule("rounds that an experience lasts", minimum=1)
+    order: str = _rule("the same order of experiences on all devices?", "shared", choices=ORDERS)
+    shuffle_classes: bool = _rule("assign classes to experiences at random", default=False)
+    transform: str = _rule("what makes a domain", "permute", choices=TRANSFORMS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSpec:
+    """`[client]`: how a device learns."""
+
+    strategy: str = _rule(
+        "name, module:Class or file.py:Class", plugins="edgelearn.client_strategies"
+    )
+    args: Arguments = _table("arguments of the client strategy")
+    epochs: int = _rule("passes over the device's data in a round", 1, minimum=1)
+    batch_size: int = _rule("samples per step", 10, minimum=1)
+    optimizer: str = _rule("local optimizer", "sgd", choices=OPTIMIZERS)
+    lr: float = _rule("local learning rate", above=0.0)
+    momentum: float = _rule("momentum of sgd", 0.0, minimum=0.0, maximum=1.0)
+    weight_decay: float = _rule("L2 penalty", 0.0, minimum=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """`[server]`: how updates are combined."""
+
+    strategy: str = _rule("a strategy of Flower, module:Class or file.py:Class", "FedAvg")
+    args: Arguments = _table("arguments of the server strategy")
+    max_update_norm: float = _rule(
+        "reject an update whose L2 norm exceeds this many times that of the global parameters",
+        100.0,
+        above=0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeSpec:
+    """`[runtime]`: the model that a device answers with."""
+
+    name: str = _rule("name, module:Class or file.py:Class", "int8", plugins="edgelearn.runtimes")
+    args: Arguments = _table("arguments of the runtime")
+    num_calibration: int = _rule("own samples for calibration", 64, minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateSpec:
+    """`[evaluate]`: what is measured, and how often."""
+
+    every_rounds: int = _rule("rounds between evaluations", 1, minimum=1)
+    num_devices: int = _rule("devices asked; 0 is the whole fleet", 0, minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Everything that defines a run but the code: frozen, comparable, with a digest."""
+
+    name: str = _rule("short name")
+    title: str = _rule("one line for people", "")
+    seed: int = _rule("seed of everything random", 0, minimum=0)
+    data: DataSpec
+    model: ModelSpec
+    fleet: FleetSpec
+    partition: PartitionSpec = field(default_factory=PartitionSpec)
+    stream: StreamSpec
+    client: ClientSpec
+    server: ServerSpec = field(default_factory=ServerSpec)
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run."""
+        return self.stream.num_experiences * self.stream.rounds_per_experience
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain nested dictionaries, complete with defaults, that `load` accepts."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint of all values; devices refuse a server with another one."""
+        text = json.dumps(self.as_dict(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,121 @@
+"""A scenario made concrete: the samples in memory, who holds which, and each device's stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgelearn import plugins
+from edgelearn.errors import Fault, ScenarioError
+from edgelearn.params import FlatModel
+from edgelearn.scenario.datasets import Dataset, load_dataset
+from edgelearn.scenario.partition import Indices, partition, partition_like
+from edgelearn.scenario.samples import Encoding, Samples, SharedSamples
+from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.stream import Stream
+from edgelearn.seeds import derive, numpy_generator
+
+
+@dataclass(frozen=True)
+class World:
+    """What `build` makes of a scenario. Nothing in it changes during a run."""
+
+    scenario: Scenario
+    stream: Stream
+    train: SharedSamples
+    test: SharedSamples
+    train_parts: tuple[Indices, ...]
+    test_parts: tuple[Indices, ...]
+    num_classes: int
+
+    @cached_property
+    def _labels(self) -> tuple[Any, Any]:
+        return self.train.y.numpy(), self.test.y.numpy()
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.train.x.shape[1:])
+
+    def train_samples(self, device: int, position: int) -> Samples:
+        """Return the training samples that a device meets at a position of its stream."""
+        experience_id = self.stream.order(device)[position]
+        ids = self.stream.select(self.train_parts[device], self._labels[0], experience_id)
+        return Samples(self.train, torch.from_numpy(ids))
+
+    def test_samples(self, device: int, experience_id: int) -> Samples:
+        """Return a device's own test samples of an experience (by id, not position)."""
+        ids = self.stream.select(self.test_parts[device], self._labels[1], experience_id)
+        return Samples(self.test, torch.from_numpy(ids))
+
+    def model(self) -> FlatModel:
+        """Return the scenario's network with its initial parameters, the same for every call."""
+        spec = self.scenario.model
+        factory = plugins.resolve(spec.name, plugins.MODELS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.scenario.seed, "initial-parameters"))
+            try:
+                module = factory(
+                    input_shape=self.sample_shape, num_classes=self.num_classes, **spec.args
+                )
+            except TypeError as error:
+                fault = Fault("model", "args", str(error))
+                raise ScenarioError(self.scenario.name, [fault]) from error
+        if not isinstance(module, nn.Module):
+            fault = Fault("model", "name", f"{spec.name} returned {type(module).__name__}")
+            raise ScenarioError(self.scenario.name, [fault])
+        return FlatModel(module)
+
+
+def build(scenario: Scenario) -> World:
+    """Load the data of a scenario and deal it out.
+
+    Raises:
+        DatasetError: If the data is missing or damaged.
+        ScenarioError: If the data does not fit the scenario.
+    """
+    dataset = load_dataset(scenario.data)
+    stream = Stream(scenario.stream, dataset.num_classes, scenario.seed)
+    train_parts = partition(
+        scenario.partition,
+        labels=dataset.y_train,
+        users=dataset.users_train,
+        num_devices=scenario.fleet.num_devices,
+        generator=numpy_generator(scenario.seed, "partition"),
+    )
+    test_parts = _test_parts(scenario, dataset, train_parts)
+    encoding = Encoding(dataset.scale, dataset.mean, dataset.std, stream.task_masks())
+    domains = stream.domains(dataset.sample_shape)
+    return World(
+        scenario=scenario,
+        stream=stream,
+        train=SharedSamples(
+            torch.from_numpy(dataset.x_train), torch.from_numpy(dataset.y_train), encoding, domains
+        ),
+        test=SharedSamples(
+            torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test), encoding, domains
+        ),
+        train_parts=tuple(train_parts),
+        test_parts=tuple(test_parts),
+        num_classes=dataset.num_classes,
+    )
+
+
+def _test_parts(scenario: Scenario, dataset: Dataset, train: list[Indices]) -> list[Indices]:
+    """A device tests on its own users where the test set has them, else on its mix of labels."""
+    users, test_users = dataset.users_train, dataset.users_test
+    if scenario.partition.kind == "user" and users is not None and test_users is not None:
+        owners = [np.unique(users[part]) for part in train]
+        if set(np.unique(test_users)) <= {int(user) for group in owners for user in group}:
+            return [np.flatnonzero(np.isin(test_users, g)).astype(np.int32) for g in owners]
+    return partition_like(
+        train,
+        train_labels=dataset.y_train,
+        test_labels=dataset.y_test,
+        generator=numpy_generator(scenario.seed, "test-partition"),
+    )
