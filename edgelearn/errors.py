@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class EdgelearnError(Exception):
@@ -62,6 +63,14 @@ class ExtraMissingError(EdgelearnError):
         super().__init__(
             f"{needed_for} needs the package {package!r}: pip install 'edgelearn[{extra}]'"
         )
+        self.package, self.extra, self.needed_for = package, extra, needed_for
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+        return _extra_missing, (self.package, self.extra, self.needed_for)
+
+
+def _extra_missing(package: str, extra: str, needed_for: str) -> ExtraMissingError:
+    return ExtraMissingError(package=package, extra=extra, needed_for=needed_for)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,9 @@ class ScenarioError(EdgelearnError):
         self.faults = tuple(faults)
         count = f"{len(faults)} fault" + ("" if len(faults) == 1 else "s")
         super().__init__("\n  ".join([f"{source}: {count}", *map(str, faults)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+        return type(self), (self.source, self.faults)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

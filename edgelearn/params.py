@@ -39,8 +39,9 @@ class Layout:
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
         """Return the layout of a module's parameters and floating-point buffers."""
-        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        carried = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+        parameters = list(module.named_parameters())
+        trained: list[tuple[str, Tensor]] = [(n, p) for n, p in parameters if p.requires_grad]
+        carried: list[tuple[str, Tensor]] = [(n, p) for n, p in parameters if not p.requires_grad]
         carried += [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
         tensors = trained + carried
         return cls(
@@ -71,9 +72,19 @@ class Layout:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return named views of `flat` [P], or of its trained part [T]; nothing is copied."""
-        count = len(self.names) if flat.shape[-1] == self.size else self.num_trained_tensors
-        pieces = flat.split(self.sizes[:count])
+        """Return named views of `flat` [P], or of its trained part [T]; nothing is copied.
+
+        Raises:
+            StateError: If the vector has another length.
+        """
+        length = flat.shape[-1]
+        if length not in (self.size, self.num_trained):
+            raise StateError(
+                f"a parameter vector has {length} elements, expected {self.size}"
+                + (f" or {self.num_trained}" if self.num_trained != self.size else "")
+            )
+        count = len(self.names) if length == self.size else self.num_trained_tensors
+        pieces = torch.split(flat, list(self.sizes[:count]))
         return {
             name: piece.view(shape)
             for name, piece, shape in zip(self.names, pieces, self.shapes, strict=False)
@@ -147,8 +158,7 @@ class FlatModel:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.module.get_submodule(owner)
-            table = module._buffers if leaf in module._buffers else module._parameters
             if leaf in module._buffers:
-                table[leaf] = views[name]
+                module._buffers[leaf] = views[name]
             else:
-                table[leaf] = nn.Parameter(views[name], requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(views[name], requires_grad=False)

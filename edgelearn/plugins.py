@@ -47,9 +47,10 @@ def resolve(reference: str, group: str) -> Any:
         )
     try:
         return found[reference].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever somebody else's module raises when it is imported
         raise PluginError(
-            f"{reference!r} ({found[reference].value}) cannot be loaded: {error}"
+            f"{reference!r} ({found[reference].value}) cannot be loaded: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -67,8 +68,10 @@ def _from_location(reference: str) -> Any:
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise PluginError(f"module {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise PluginError(
+            f"module {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load_file(path: Path) -> Any:

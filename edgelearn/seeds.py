@@ -45,6 +45,6 @@ def numpy_generator(seed: int, purpose: str, *coordinates: int) -> np.random.Gen
 
 def torch_generator(seed: int, purpose: str, *coordinates: int) -> torch.Generator:
     """Return a torch CPU generator for one purpose; see `derive`."""
-    import torch  # noqa: PLC0415 - the command line starts without torch
+    import torch  # here, because the command line starts without it
 
     return torch.Generator().manual_seed(derive(seed, purpose, *coordinates))

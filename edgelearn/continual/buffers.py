@@ -63,7 +63,9 @@ def class_balanced(
         if out[place] != EMPTY:
             held[label].append(place)
     free = [place for place, sample in enumerate(out) if sample == EMPTY][::-1]
-    was_full = [False] * len(seen)  # "full" classes were once the largest
+    # "Full" classes were once the largest: only those ever lose samples, so that none is lost
+    # means not full, and the flag need not be stored between calls.
+    was_full = [len(places) < count for places, count in zip(held, seen, strict=True)]
     draws = torch.rand((len(arriving), 2), generator=generator, dtype=torch.float64).tolist()
     for sample, label, (first, second) in zip(
         arriving.tolist(), arriving_labels.tolist(), draws, strict=True

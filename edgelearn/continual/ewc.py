@@ -59,10 +59,12 @@ class EWC(ClientStrategy):
             raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
         if step not in STEPS:
             raise ValueError(f"step is {step!r}; allowed: {', '.join(STEPS)}")
-        if strength < 0:
+        if not strength >= 0:
             raise ValueError(f"strength is {strength}; at least 0 is allowed")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}; allowed: 0 to 1")
+        if max_fisher_samples < 0:
+            raise ValueError(f"max_fisher_samples is {max_fisher_samples}; at least 0 is allowed")
         self.strength = strength
         self.mode = mode
         self.decay = decay
@@ -114,6 +116,4 @@ class EWC(ClientStrategy):
         safe = torch.where(total > 0, total, torch.ones_like(total))
         merged = torch.where(total > 0, anchor + (new / safe) * (params - anchor), params)
         constant = (old * (new / safe) * (params - anchor).square()).sum()
-        return memory.replace(
-            fisher=total, anchor=merged, constant=memory["constant"] + constant
-        )
+        return memory.replace(fisher=total, anchor=merged, constant=memory["constant"] + constant)

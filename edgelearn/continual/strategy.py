@@ -5,7 +5,8 @@ So the same class trains one real device and a stacked cohort of simulated ones.
 
 1. `start` when an experience begins,
 2. for each step `extend`, `loss`, `adjust`, the optimizer's step, `proximal`, `after_step`,
-3. `finish` once, when the experience has ended, on the final **global** parameters. Never at each
+3. `upload` on what it is about to send,
+4. `finish` once, when the experience has ended, on the final **global** parameters. Never at each
    round: consolidating per round was measured to ruin EWC.
 """
 
@@ -40,6 +41,19 @@ class Facts:
     num_experiences: int
     num_classes: int
     sample_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a device is about to send. The egress guard looks at it before it leaves.
+
+    Attributes:
+        arrays: local - global, by tensor name, float32.
+        metrics: Scalars by name.
+    """
+
+    arrays: Mapping[str, Tensor]
+    metrics: Mapping[str, float]
 
 
 def supervised_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -123,6 +137,10 @@ class ClientStrategy:
     ) -> Memory:
         """Keep account of a step, as path integrals do; all vectors are [T]."""
         return memory
+
+    def upload(self, update: Update, data: Samples, memory: Memory) -> Update:  # noqa: ARG002
+        """Change what is sent, such as clipping it. The guard stops what is not declared."""
+        return update
 
     def finish(
         self,

@@ -1,0 +1,6 @@
+"""A device: its profile and budget, its durable state, how it learns, and the loop of its life.
+
+`learner` trains and consolidates with a client strategy; `evaluate` measures what the device
+serves; `store` and `fleet_store` keep state, for one real device and for a simulated fleet;
+`profile` says what a kind of device can do; `loop` is infer -> feedback -> learn.
+"""

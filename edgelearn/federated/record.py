@@ -44,16 +44,16 @@ def read_lines(path: Path) -> list[Line]:
     """
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StateError(f"{path}: there is no record here") from None
     lines: list[Line] = []
     for number, text in enumerate(data.splitlines(), start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or "kind" not in line:
-                raise ValueError("not an object with a kind")
         except ValueError as error:
             raise StateError(f"{path}, line {number}: damaged or truncated: {error}") from error
+        if not isinstance(line, dict) or "kind" not in line:
+            raise StateError(f"{path}, line {number}: damaged: not an object with a kind")
         lines.append(line)
     if not lines or lines[0]["kind"] != "run":
         raise StateError(f"{path}: the record has no first line that describes the run")
@@ -90,7 +90,7 @@ class RunRecord:
     @property
     def is_complete(self) -> bool:
         """Whether the run reached its end."""
-        return self.lines[-1]["kind"] == "end"
+        return bool(self.lines[-1]["kind"] == "end")
 
     @property
     def end(self) -> Line:
@@ -119,7 +119,7 @@ class RunRecord:
         return int(self.run["num_experiences"])
 
     def accuracy(self, line: Line, model: Model = "served") -> Matrix:
-        """Return accuracies by experience id [T] of a `start` or `round` line; NaN if unmeasured."""
+        """Return accuracies by experience id [T] of a `start` or `round` line; else NaN."""
         seen = line.get("accuracy")
         if seen is None:
             return np.full(self.num_experiences, np.nan)
@@ -164,7 +164,9 @@ class RunRecord:
         if self.run["orders"] is None:
             return scores(self.matrix(model), self.baseline(model))
         rows = [
-            list(scores(matrix, self.baseline(model)[self.run["orders"][device]]).as_dict().values())
+            list(
+                scores(matrix, self.baseline(model)[self.run["orders"][device]]).as_dict().values()
+            )
             for device, matrix in self.device_matrices(model).items()
         ]
         if not rows:

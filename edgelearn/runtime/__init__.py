@@ -1,0 +1,6 @@
+"""How a model is executed for inference on a device: runtimes and the predictors they prepare.
+
+`protocol` says what a runtime is; `int8` is the reference one (integer arithmetic, exactly);
+`float` serves the float model. To add one, write a class with `prepare` and name it in the
+entry-point group `edgelearn.runtimes`.
+"""

@@ -6,11 +6,14 @@ A data set plug-in is a function of `DataSpec` that returns a `Dataset`.
 from __future__ import annotations
 
 import gzip
+import importlib
+import math
 import struct
+import zlib
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +68,7 @@ def load_dataset(spec: DataSpec) -> Dataset:
         DatasetError: If it is nowhere to be found or damaged.
         PluginError: If the name leads nowhere.
     """
-    dataset: Dataset = plugins.resolve(spec.dataset, plugins.DATASETS)(spec)
+    dataset = _checked(plugins.resolve(spec.dataset, plugins.DATASETS)(spec), spec.dataset)
     if spec.max_train:
         users = dataset.users_train
         dataset = replace(
@@ -81,6 +84,31 @@ def load_dataset(spec: DataSpec) -> Dataset:
             x_test=dataset.x_test[: spec.max_test],
             y_test=dataset.y_test[: spec.max_test],
             users_test=users[: spec.max_test] if users is not None else None,
+        )
+    return dataset
+
+
+def _checked(dataset: Any, source: str) -> Dataset:
+    """Check what a plug-in or a file gave, before a wrong label fails deep inside a run."""
+    if not isinstance(dataset, Dataset):
+        raise DatasetError(f"{source} returned {type(dataset).__name__}, expected a Dataset")
+    for x, y, users, part in (
+        (dataset.x_train, dataset.y_train, dataset.users_train, "training"),
+        (dataset.x_test, dataset.y_test, dataset.users_test, "test"),
+    ):
+        if len(y) == 0 or len(x) != len(y):
+            raise DatasetError(f"{source}: {len(x)} {part} samples but {len(y)} labels")
+        if users is not None and len(users) != len(y):
+            raise DatasetError(f"{source}: {len(users)} {part} users but {len(y)} labels")
+        if y.dtype != np.int64 or y.min() < 0 or y.max() >= dataset.num_classes:
+            raise DatasetError(
+                f"{source}: {part} labels are {y.dtype} from {y.min()} to {y.max()}, "
+                f"expected int64 from 0 to {dataset.num_classes - 1}"
+            )
+    if dataset.x_train.shape[1:] != dataset.x_test.shape[1:]:
+        raise DatasetError(
+            f"{source}: training samples are {dataset.x_train.shape[1:]}, "
+            f"test samples {dataset.x_test.shape[1:]}"
         )
     return dataset
 
@@ -147,7 +175,7 @@ def _idx(
 
 def _download(torchvision_name: str) -> Path:
     try:
-        from torchvision import datasets  # noqa: PLC0415 - optional
+        datasets = importlib.import_module("torchvision.datasets")
     except ImportError:
         raise ExtraMissingError(
             package="torchvision", extra="avalanche", needed_for=f"downloading {torchvision_name}"
@@ -194,15 +222,15 @@ def read_idx(path: Path, *, rank: int) -> NDArray[np.uint8]:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path}: damaged or truncated: {error}") from error
     if len(data) < 4 + 4 * rank or data[:4] != bytes([0, 0, 8, rank]):
         raise DatasetError(f"{path}: not an IDX file of unsigned bytes with {rank} dimensions")
     shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * rank)
-    if len(body) != int(np.prod(shape)):
+    if len(body) != math.prod(shape):
         raise DatasetError(
-            f"{path}: truncated: {len(body)} bytes of data, shape {shape} needs "
-            f"{int(np.prod(shape))}"
+            f"{path}: damaged or truncated: {len(body)} bytes of data, shape {shape} needs "
+            f"{math.prod(shape)}"
         )
     return body.reshape(shape).copy()

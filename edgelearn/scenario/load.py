@@ -1,8 +1,10 @@
-"""TOML -> Scenario, with every fault reported at once; Scenario -> TOML; and where scenarios lie."""
+"""TOML -> Scenario, all faults reported at once; Scenario -> TOML; and where scenarios lie."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 import tomllib
 import typing
@@ -29,11 +31,16 @@ def load(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Scen
         ScenarioError: If the file is missing or has faults; all of them are listed.
     """
     path = find(source)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(str(path), [Fault("", "file", f"cannot be read: {error}")]) from error
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(str(path), [Fault("", "syntax", str(error))]) from error
+        at = re.search(r"at line (\d+)", str(error))
+        fault = Fault("", "syntax", str(error), line=int(at[1]) if at else None)
+        raise ScenarioError(str(path), [fault]) from error
     return from_dict(raw, overrides=overrides, source=str(path), text=text)
 
 
@@ -45,38 +52,48 @@ def from_dict(
     text: str = "",
 ) -> Scenario:
     """Build a scenario from nested dictionaries; see `load`."""
-    tables = {key: dict(v) if isinstance(v, Mapping) else v for key, v in raw.items()}
+    tables: dict[str, Any] = _copy(raw)
+    faults: list[Fault] = []
     overridden = dict(overrides or {})
     for name, value in overridden.items():
-        *path, key = name.split(".")
-        place: Any = tables
-        for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                fault = Fault(".".join(path), key, f"{part!r} is a value, not a table")
-                raise ScenarioError(f"{source} with --set {name}", [fault])
-        place[key] = value
-    faults: list[Fault] = []
-    scenario = _build(Scenario, tables, "", faults)
-    if not faults:
-        faults += _cross_checks(scenario)
+        faults += _override(tables, name, value)
+    values = _values(Scenario, tables, "", faults)
+    faults += _cross_checks(values)
     if faults:
-        located = [
-            dataclasses.replace(fault, line=_line_of(text, fault.table, fault.key))
-            for fault in faults
-        ]
-        raise ScenarioError(source, located)
+        raise ScenarioError(source, _locate(faults, text, overridden))
+    scenario: Scenario = _make(Scenario, values)
     return scenario
 
 
-def _build(kind: type[Any], raw: Mapping[str, Any], table: str, faults: list[Fault]) -> Any:
+def _copy(value: Any) -> Any:
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _override(tables: dict[str, Any], name: str, value: Any) -> Iterator[Fault]:
+    *path, key = name.split(".")
+    place: Any = tables
+    for depth, part in enumerate(path):
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            message = f"got {place!r}; only a table has a {key!r} to set"
+            yield Fault(".".join(path[:depth]), part, message)
+            return
+    place[key] = value
+
+
+def _values(
+    kind: type[Any], raw: Mapping[str, Any], table: str, faults: list[Fault]
+) -> dict[str, Any]:
+    """Check a table; return its values, nested, None where there is a fault."""
     types = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}
-    for key in raw:
+    for key, value in raw.items():
         if key not in known:
-            allowed = ", ".join(known)
+            what = "table" if isinstance(value, Mapping) else "key"
             faults.append(
-                Fault(table, key, f"unknown key{nearest(key, known)}; allowed: {allowed}")
+                Fault(
+                    table, key, f"unknown {what}{nearest(key, known)}; allowed: {', '.join(known)}"
+                )
             )
     values: dict[str, Any] = {}
     for name, spec in known.items():
@@ -90,27 +107,39 @@ def _build(kind: type[Any], raw: Mapping[str, Any], table: str, faults: list[Fau
             if name not in raw and not has_default:
                 faults.append(Fault(table, name, f"the table [{inner}] is missing"))
                 continue
-            values[name] = _build(typing.cast("type[Any]", types[name]), value, inner, faults)
+            values[name] = _values(typing.cast("type[Any]", types[name]), value, inner, faults)
         elif name in raw:
             rule: Rule = spec.metadata["rule"]
             values[name] = _check(raw[name], types[name], rule, table, name, faults)
         elif spec.default is _MISSING and spec.default_factory is _MISSING:
             help_text = spec.metadata["rule"].help
             faults.append(Fault(table, name, f"is missing ({help_text})"))
-    return kind(**values) if not faults else None
+    return values
 
 
-def _check(
-    value: Any, expected: Any, rule: Rule, table: str, key: str, faults: list[Fault]
-) -> Any:
+def _make(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    types = typing.get_type_hints(kind)
+    return kind(
+        **{
+            name: _make(types[name], value) if dataclasses.is_dataclass(types[name]) else value
+            for name, value in values.items()
+        }
+    )
+
+
+def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: list[Fault]) -> Any:
     def fault(message: str) -> Any:
         faults.append(Fault(table, key, message))
 
     if typing.get_origin(expected) is not None:  # Mapping[str, ...]
         if not isinstance(value, Mapping):
             return fault(f"expected a table, got {value!r} ({rule.help})")
+        for name, argument in value.items():
+            if (odd := _not_plain(argument)) is not None:
+                message = f"got {odd!r}; a text, a finite number, true, false, a list or a table"
+                faults.append(Fault(f"{table}.{key}", name, f"{message} is expected"))
         return MappingProxyType({k: _freeze(v) for k, v in value.items()})
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not expected:
         return fault(f"expected {_TYPE_NAMES[expected]}, got {value!r} ({rule.help})")
@@ -119,14 +148,14 @@ def _check(
             f"got {value!r}{nearest(value, rule.choices)}; allowed: {', '.join(rule.choices)}"
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if value != value or value in (float("inf"), float("-inf")):
-            return fault(f"got {value}; a finite number is expected")
+        if not math.isfinite(value):
+            return fault(f"got {value}; a finite number is expected ({rule.help})")
         if rule.minimum is not None and value < rule.minimum:
-            return fault(f"got {value}; at least {rule.minimum:g} is allowed ({rule.help})")
+            return fault(f"got {value}; at least {rule.minimum:.15g} is allowed ({rule.help})")
         if rule.maximum is not None and value > rule.maximum:
-            return fault(f"got {value}; at most {rule.maximum:g} is allowed ({rule.help})")
+            return fault(f"got {value}; at most {rule.maximum:.15g} is allowed ({rule.help})")
         if rule.above is not None and value <= rule.above:
-            return fault(f"got {value}; must be above {rule.above:g} ({rule.help})")
+            return fault(f"got {value}; must be above {rule.above:.15g} ({rule.help})")
     if rule.plugins is not None:
         return _check_reference(value, rule.plugins, fault)
     return value
@@ -150,21 +179,20 @@ def _check_reference(value: str, group: str, fault: Any) -> Any:
     return value
 
 
-def _cross_checks(scenario: Scenario) -> Iterator[Fault]:
-    fleet = scenario.fleet
-    if fleet.cohort > fleet.num_devices:
-        yield Fault("fleet", "cohort", f"got {fleet.cohort}; the fleet has {fleet.num_devices}")
-    if scenario.evaluate.num_devices > fleet.num_devices:
-        yield Fault(
-            "evaluate",
-            "num_devices",
-            f"got {scenario.evaluate.num_devices}; the fleet has {fleet.num_devices}",
-        )
-    for name, share in fleet.profiles.items():
+def _cross_checks(values: Mapping[str, Any]) -> Iterator[Fault]:
+    """Check what concerns several keys, as far as these are without a fault of their own."""
+    fleet = values.get("fleet", {})
+    num_devices = fleet.get("num_devices")
+    for table, key in (("fleet", "cohort"), ("evaluate", "num_devices")):
+        wanted = values.get(table, {}).get(key)
+        if wanted is not None and num_devices is not None and wanted > num_devices:
+            message = f"got {wanted}; at most {num_devices} is allowed, the size of the fleet"
+            yield Fault(table, key, message)
+    for name, share in (fleet.get("profiles") or {}).items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not share > 0:
             yield Fault("fleet.profiles", name, f"got {share!r}; expected a share above 0")
-    server = scenario.server.strategy
-    if ":" in server:
+    server = values.get("server", {}).get("strategy")
+    if server is not None and ":" in server:
         try:
             plugins.resolve(server, "flower")
         except PluginError as error:
@@ -172,6 +200,15 @@ def _cross_checks(scenario: Scenario) -> Iterator[Fault]:
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _not_plain(value: Any) -> Any:
+    """Return what in an argument a scenario can't hold (such as a date or NaN), or None."""
+    if isinstance(value, Mapping | list | tuple):
+        items = value.values() if isinstance(value, Mapping) else value
+        return next((odd for item in items if (odd := _not_plain(item)) is not None), None)
+    is_plain = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return None if is_plain else value
 
 
 def _freeze(value: Any) -> Any:
@@ -182,18 +219,47 @@ def _freeze(value: Any) -> Any:
     return value
 
 
-def _line_of(text: str, table: str, key: str) -> int | None:
-    """Find the line of a key (or of its table) for the message; None if it is not in the file."""
-    current, table_line = "", None
+def _locate(faults: list[Fault], text: str, overridden: Mapping[str, Any]) -> list[Fault]:
+    """Say for each fault which line of the file, or which override, it comes from."""
+    lines = _lines(text)
+    located = []
+    for fault in faults:
+        path = f"{fault.table}.{fault.key}".strip(".")
+        # An override of the key or of what holds it; else of something in an unknown table.
+        origin = next((o for o in overridden if f"{path}.".startswith(f"{o}.")), None)
+        if origin is None and path not in lines:
+            origin = next((o for o in overridden if o.startswith(f"{path}.")), None)
+        if origin is not None:
+            message = f"{fault.message} (from --set {origin})"
+            located.append(dataclasses.replace(fault, message=message))
+            continue
+        while path and path not in lines:  # what is missing is reported at its table
+            path = path.rpartition(".")[0]
+        located.append(dataclasses.replace(fault, line=lines.get(path)))
+    return located
+
+
+_PART = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+_PATH = rf"{_PART}(?:\s*\.\s*{_PART})*"
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Return the line of each table and key of a TOML file, by dotted path; close enough."""
+    lines: dict[str, int] = {}
+    table = ""
     for number, line in enumerate(text.splitlines(), start=1):
-        if match := re.match(r"\s*\[([^\[\]]+)\]", line):
-            current = match[1].strip()
-            table_line = number if current == table else table_line
-            if f"{table}.{key}".strip(".") == current:
-                return number
-        elif current == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-            return number
-    return table_line
+        if match := re.match(rf"\s*\[\[?\s*({_PATH})\s*\]\]?\s*(?:#.*)?$", line):
+            table = ".".join(_parts(match[1]))
+            lines.setdefault(table, number)
+        elif match := re.match(rf"\s*({_PATH})\s*=", line):
+            parts = ([table] if table else []) + _parts(match[1])
+            for count in range(1, len(parts) + 1):  # `args.lr = 1` is the line of `args` too
+                lines.setdefault(".".join(parts[:count]), number)
+    return lines
+
+
+def _parts(path: str) -> list[str]:
+    return [part.strip("\"'") for part in re.findall(_PART, path)]
 
 
 # -- where scenarios lie ---------------------------------------------------------------------------
@@ -225,14 +291,14 @@ def find(source: str | Path) -> Path:
     known = built_in()
     if str(source) in known:
         return known[str(source)]
+    close = nearest(Path(source).stem, known)
     raise ScenarioError(
         str(source),
         [
             Fault(
                 "",
                 "scenario",
-                f"neither a file nor a built-in scenario{nearest(str(source), known)}; "
-                f"built in: {', '.join(known)}",
+                f"neither a file nor a built-in scenario{close}; built in: {', '.join(known)}",
             )
         ],
     )
@@ -250,19 +316,24 @@ def to_toml(scenario: Scenario) -> str:
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> list[str]:
     lines = ["", f"[{name}]"]
-    lines += [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
+    lines += [f"{_key(k)} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            lines += _toml_table(f"{name}.{key}", value)
+        if isinstance(value, dict):
+            lines += _toml_table(f"{name}.{_key(key)}", value)
     return lines
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):  # only within a list
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     return repr(value)

@@ -6,6 +6,7 @@ arguments, and returns an `nn.Module` that maps [B, *input_shape] to logits [B, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ def mlp(
     """Fully connected network with ReLU."""
     sizes = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
 
@@ -32,6 +33,10 @@ def cnn(
     kernel_size: int = 3,
 ) -> nn.Module:
     """Convolutions with ReLU and 2x2 max pooling, then one hidden layer."""
+    if len(input_shape) != 3:
+        raise ValueError(f"cnn needs images [C, H, W], samples are {input_shape}")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; it must be odd")
     depth, height, width = input_shape
     layers: list[nn.Module] = []
     for after in channels:
@@ -41,5 +46,7 @@ def cnn(
             nn.MaxPool2d(2),
         ]
         depth, height, width = after, height // 2, width // 2
+    if height == 0 or width == 0:
+        raise ValueError(f"{len(channels)} poolings leave nothing of samples of {input_shape}")
     layers += [nn.Flatten(), nn.Linear(depth * height * width, hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, num_classes))

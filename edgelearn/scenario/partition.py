@@ -82,9 +82,8 @@ def _dirichlet(
     parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_devices)]
     for label in np.unique(labels):
         shuffled = generator.permutation(np.flatnonzero(labels == label))
-        shares = generator.dirichlet(np.full(num_devices, alpha))
-        if not np.isfinite(shares).all():  # a tiny alpha underflows: one device takes it all
-            shares = np.eye(num_devices)[generator.integers(num_devices)]
+        # Beyond 1e9 all shares are equal, and their sum would overflow.
+        shares = generator.dirichlet(np.full(num_devices, min(alpha, 1e9)))
         for part, piece in zip(parts, _split(shuffled, shares), strict=True):
             part.append(piece)
     return [np.concatenate(part) for part in parts]
@@ -126,6 +125,4 @@ def _by_user(users: NDArray[np.int64] | None, num_devices: int) -> list[NDArray[
             "fleet", "num_devices", f"{num_devices} devices but the data set has {len(names)} users"
         )
         raise ScenarioError("partition", [fault])
-    return [
-        np.flatnonzero(np.isin(users, group)) for group in np.array_split(names, num_devices)
-    ]
+    return [np.flatnonzero(np.isin(users, group)) for group in np.array_split(names, num_devices)]

@@ -7,6 +7,7 @@ same replay buffer is an index list here and stored pixels there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,19 +41,23 @@ class Batch:
 
         Args:
             other: What to append; None and an empty batch change nothing.
-            share: The part of the loss that `other` gets, in [0, 1]; None weighs all samples
-                alike.
+            share: The part of the loss that `other` gets, in [0, 1], weighted within each part as
+                it was; None weighs all samples alike.
         """
         if other is None or len(other) == 0:
             return self
+        if len(self) == 0:
+            return other
         weight = None
         if share is not None:
-            mine = torch.full((len(self),), (1.0 - share) / len(self))
-            weight = torch.cat([mine, torch.full((len(other),), share / len(other))])
+            weight = torch.cat([(1.0 - share) * self._weights(), share * other._weights()])
         mask = None
         if self.mask is not None and other.mask is not None:
             mask = torch.cat([self.mask, other.mask])
         return Batch(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), weight, mask)
+
+    def _weights(self) -> Tensor:
+        return torch.full((len(self),), 1.0 / len(self)) if self.weight is None else self.weight
 
 
 class SampleStore(Protocol):
@@ -87,7 +92,8 @@ class Encoding:
 
     def decode(self, stored: Tensor, labels: Tensor) -> Batch:
         """Return the batch of stored samples [n, ...] and labels [n]."""
-        x = stored.to(torch.float32).mul_(self.scale / self.std).sub_(self.mean / self.std)
+        x = stored.to(torch.float32, copy=True)  # a copy even where samples are float32 already
+        x.mul_(self.scale / self.std).sub_(self.mean / self.std)
         mask = self.task_masks[labels] if self.task_masks is not None else None
         return Batch(x, labels, None, mask)
 
@@ -114,7 +120,9 @@ class Domains:
         out = torch.zeros(flat.shape, dtype=torch.float32)
         for tap in range(self.index.shape[1]):
             out += self.weight[domain, tap] * flat.gather(1, self.index[domain, tap])
-        return out.round_().to(stored.dtype).view_as(stored)
+        if not stored.is_floating_point():
+            out.round_()
+        return out.to(stored.dtype).view_as(stored)
 
 
 class SharedSamples:
@@ -130,7 +138,7 @@ class SharedSamples:
     @property
     def sample_bytes(self) -> int:
         """Bytes of one stored sample, with one byte for the label."""
-        return self.x[0].numel() * self.x.element_size() + 1
+        return math.prod(self.x.shape[1:]) * self.x.element_size() + 1
 
     def labels(self, ids: Tensor) -> Tensor:
         """Return the labels [n], int64."""
@@ -155,12 +163,12 @@ class OwnedSamples:
     def __init__(self, x: Tensor, y: Tensor, encoding: Encoding) -> None:
         self.x, self.y = x, y
         self.encoding = encoding
-        self._used = torch.zeros(len(y), dtype=torch.bool)
+        self._used = torch.ones(len(y), dtype=torch.bool)
 
     @property
     def sample_bytes(self) -> int:
         """Bytes of one stored sample, with one byte for the label."""
-        return self.x[0].numel() * self.x.element_size() + 1 if len(self.x) else 0
+        return math.prod(self.x.shape[1:]) * self.x.element_size() + 1
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, encoding: Encoding) -> OwnedSamples:
@@ -186,7 +194,7 @@ class OwnedSamples:
         short = len(y) - len(free)
         if short > 0:
             start = len(self.y)
-            self.x = torch.cat([self.x, x.new_empty((short, *x.shape[1:]))])
+            self.x = torch.cat([self.x, self.x.new_zeros((short, *self.x.shape[1:]))])
             self.y = torch.cat([self.y, torch.zeros(short, dtype=torch.int64)])
             self._used = torch.cat([self._used, torch.zeros(short, dtype=torch.bool)])
             free = torch.cat([free, torch.arange(start, start + short)])

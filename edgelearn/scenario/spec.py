@@ -6,6 +6,7 @@ file against these rules and reports every fault at once.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import hashlib
 import json
@@ -53,7 +54,16 @@ def _table(help: str) -> Any:  # noqa: A002
     )
 
 
-Arguments = Mapping[str, Any]
+def _read_only(values: dict[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(values)
+
+
+def _reduce(proxy: MappingProxyType[str, Any]) -> tuple[Any, ...]:
+    return _read_only, (dict(proxy),)
+
+
+# Python can't pickle a read-only mapping by itself, and scenarios travel to worker processes.
+copyreg.pickle(MappingProxyType, _reduce)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +82,7 @@ class ModelSpec:
     """`[model]`: the network."""
 
     name: str = _rule("name, module:factory or file.py:factory", plugins="edgelearn.models")
-    args: Arguments = _table("arguments of the factory")
+    args: Mapping[str, Any] = _table("arguments of the factory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +125,7 @@ class ClientSpec:
     strategy: str = _rule(
         "name, module:Class or file.py:Class", plugins="edgelearn.client_strategies"
     )
-    args: Arguments = _table("arguments of the client strategy")
+    args: Mapping[str, Any] = _table("arguments of the client strategy")
     epochs: int = _rule("passes over the device's data in a round", 1, minimum=1)
     batch_size: int = _rule("samples per step", 10, minimum=1)
     optimizer: str = _rule("local optimizer", "sgd", choices=OPTIMIZERS)
@@ -129,7 +139,7 @@ class ServerSpec:
     """`[server]`: how updates are combined."""
 
     strategy: str = _rule("a strategy of Flower, module:Class or file.py:Class", "FedAvg")
-    args: Arguments = _table("arguments of the server strategy")
+    args: Mapping[str, Any] = _table("arguments of the server strategy")
     max_update_norm: float = _rule(
         "reject an update whose L2 norm exceeds this many times that of the global parameters",
         100.0,
@@ -142,7 +152,7 @@ class RuntimeSpec:
     """`[runtime]`: the model that a device answers with."""
 
     name: str = _rule("name, module:Class or file.py:Class", "int8", plugins="edgelearn.runtimes")
-    args: Arguments = _table("arguments of the runtime")
+    args: Mapping[str, Any] = _table("arguments of the runtime")
     num_calibration: int = _rule("own samples for calibration", 64, minimum=1)
 
 

@@ -63,7 +63,7 @@ class World:
                 module = factory(
                     input_shape=self.sample_shape, num_classes=self.num_classes, **spec.args
                 )
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 fault = Fault("model", "args", str(error))
                 raise ScenarioError(self.scenario.name, [fault]) from error
         if not isinstance(module, nn.Module):
@@ -81,6 +81,10 @@ def build(scenario: Scenario) -> World:
     """
     dataset = load_dataset(scenario.data)
     stream = Stream(scenario.stream, dataset.num_classes, scenario.seed)
+    largest = max(len(dataset.y_train), len(dataset.y_test)) * stream.num_experiences
+    if not stream.splits_classes and largest > 2**31:  # sample ids are int32
+        message = f"got {stream.num_experiences}; samples x experiences must stay below 2**31"
+        raise ScenarioError(scenario.name, [Fault("stream", "num_experiences", message)])
     train_parts = partition(
         scenario.partition,
         labels=dataset.y_train,

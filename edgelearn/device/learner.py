@@ -1,0 +1,254 @@
+"""How a device learns: local training with a client strategy, and consolidation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check
+from edgelearn.continual.strategy import ClientStrategy, Facts, Update
+from edgelearn.errors import DivergenceError, StateError
+from edgelearn.params import FlatModel
+from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
+from edgelearn.scenario.spec import ClientSpec
+from edgelearn.scenario.stream import Experience
+from edgelearn.seeds import derive, torch_generator
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """All that a device keeps between rounds.
+
+    Attributes:
+        memory: What the client strategy remembers.
+        begun: Experiences that the device has begun; the current one has position begun - 1.
+        consolidated: Experiences that it has consolidated, at most `begun` (a device that was away
+            consolidates what it missed without having begun it: then both move on together).
+    """
+
+    memory: Memory
+    begun: int = 0
+    consolidated: int = 0
+
+
+class DeviceData(Protocol):
+    """What a device has of its stream."""
+
+    @property
+    def device(self) -> int:
+        """Index of the device in the fleet."""
+
+    @property
+    def store(self) -> SampleStore:
+        """The store that its sample ids lead to."""
+
+    def experience(self, position: int) -> Experience:
+        """Return the experience at a position of its stream."""
+
+    def samples(self, position: int) -> Samples:
+        """Return its training samples of that experience."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The outcome of local training.
+
+    Attributes:
+        state: The device's new state.
+        update: What is to be sent: local - global by tensor name, and scalar metrics.
+        num_samples: Samples that passed through training, for the accounts.
+    """
+
+    state: DeviceState
+    update: Update
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """Trains one device after another; holds nothing of any of them.
+
+    Attributes:
+        model: The network.
+        strategy: The client strategy.
+        spec: Epochs, batch size, optimizer.
+        facts: What the strategy may know before data arrives.
+        seed: The run's seed.
+    """
+
+    model: FlatModel
+    strategy: ClientStrategy
+    spec: ClientSpec
+    facts: Facts
+    seed: int
+    declaration: Declaration = field(init=False)
+
+    def __post_init__(self) -> None:
+        declaration = dict(self.strategy.declare(self.model, self.facts))
+        object.__setattr__(self, "declaration", declaration)
+
+    def initial_state(self, store: SampleStore | None = None) -> DeviceState:
+        """Return the state of a device that has learned nothing yet."""
+        return DeviceState(Memory.initial(self.declaration, store))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that a real device needs for what the strategy remembers."""
+        return sum(s.device_bytes(self.facts.sample_bytes) for s in self.declaration.values())
+
+    def fit(
+        self,
+        state: DeviceState,
+        params: Tensor,
+        data: DeviceData,
+        *,
+        position: int,
+        server_round: int,
+        proximal_mu: float = 0.0,
+    ) -> Fit:
+        """Train on the current experience, starting from the global parameters.
+
+        Args:
+            state: The device's state; experiences that it has missed are consolidated first.
+            params: Global parameters [P]; not changed.
+            data: What the device has.
+            position: Where the device is in its stream.
+            server_round: Round, from 1; part of the seeds.
+            proximal_mu: FedProx: adds mu (theta - global) to the gradient (Li et al. 2020,
+                arXiv:1812.06127, equation 2).
+
+        Raises:
+            DivergenceError: If the loss or a parameter is not finite.
+            StrategyError: If the strategy's memory is not what it declared.
+        """
+        if position + 1 < state.begun:
+            raise StateError(
+                f"device {data.device} has begun {state.begun} experiences but was asked for "
+                f"position {position}: its state belongs to another run"
+            )
+        state = self.consolidate(state, params, data, upto=position)
+        memory = state.memory
+        trained = params[: self.model.layout.num_trained]
+        if state.begun <= position:
+            memory = self.strategy.start(self.model, trained, memory, data.experience(position))
+        samples = data.samples(position)
+        generator = torch_generator(self.seed, "steps", server_round, data.device)
+        local, memory, loss, steps = self._train(
+            params, memory, samples, generator, proximal_mu=proximal_mu
+        )
+        where = f"device {data.device} in round {server_round}"
+        if not math.isfinite(loss) or not bool(torch.isfinite(local).all()):
+            raise DivergenceError(f"training diverged on {where}: loss {loss}")
+        check(memory, self.declaration)
+        new = DeviceState(memory, position + 1, state.consolidated)
+        metrics = {"num-examples": len(samples), "loss": loss, "num-steps": steps}
+        delta = local - params
+        update = Update(self.model.layout.views(delta), metrics)
+        if self.strategy.overrides("upload"):
+            update = self.strategy.upload(update, samples, memory)
+        return Fit(new, update, len(samples) * self.spec.epochs)
+
+    def consolidate(
+        self, state: DeviceState, params: Tensor, data: DeviceData, *, upto: int
+    ) -> DeviceState:
+        """Consolidate every experience before position `upto` that has not been yet.
+
+        Args:
+            state: The device's state.
+            params: Global parameters [P] at the end of the experience; where the device was away
+                then, those that it gets now.
+            data: What the device has.
+            upto: First position that is not to be consolidated.
+        """
+        if state.consolidated >= upto:
+            return state
+        memory, trained = state.memory, params[: self.model.layout.num_trained]
+        self.model.module.eval()
+        for position in range(state.consolidated, upto):
+            if state.begun <= position:
+                experience = data.experience(position)
+                memory = self.strategy.start(self.model, trained, memory, experience)
+            generator = torch_generator(self.seed, "finish", position, data.device)
+            memory = self.strategy.finish(
+                self.model, trained, data.samples(position), memory, generator
+            )
+        check(memory, self.declaration)
+        return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
+
+    def held_ids(self, state: DeviceState, samples: Samples) -> Tensor:
+        """Return the ids of all samples that the device has at hand: the current and the kept."""
+        kept = [
+            state.memory[name]
+            for name, spec in self.declaration.items()
+            if isinstance(spec, SampleSpec)
+        ]
+        ids = torch.cat([samples.ids, *kept])
+        return ids[ids != EMPTY]
+
+    def _train(
+        self,
+        params: Tensor,
+        memory: Memory,
+        samples: Samples,
+        generator: torch.Generator,
+        *,
+        proximal_mu: float,
+    ) -> tuple[Tensor, Memory, float, int]:
+        strategy, model, spec = self.strategy, self.model, self.spec
+        extends, adjusts = strategy.overrides("extend"), strategy.overrides("adjust")
+        proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
+        local, carried = params.clone(), params.clone()
+        model.carry(carried)  # apart from `local`, since a forward pass writes into it
+        model.module.train()
+        current = local[: model.layout.num_trained].requires_grad_()
+        reference = params[: model.layout.num_trained]
+        optimizer = _optimizer(spec, current)
+        total, steps = 0.0, 0
+        # Dropout and the like draw from torch's global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(generator.initial_seed(), "layers"))
+            for _ in range(spec.epochs):
+                order = torch.randperm(len(samples), generator=generator)
+                for positions in order.split(spec.batch_size):
+                    if len(positions) == 0:
+                        continue
+                    batch = samples.batch(positions)
+                    if extends:
+                        batch = strategy.extend(batch, memory, generator)
+                    loss = strategy.loss(model, current, batch, memory)
+                    (gradients,) = torch.autograd.grad(loss, current)
+                    with torch.no_grad():
+                        if adjusts:
+                            gradients = strategy.adjust(gradients, current, memory)
+                        if proximal_mu:
+                            gradients = gradients + proximal_mu * (current - reference)
+                        before = current.detach().clone() if after_step else current
+                        if optimizer is None:
+                            current.add_(gradients, alpha=-spec.lr)
+                        else:
+                            current.grad = gradients
+                            optimizer.step()
+                        if proximal:
+                            current.copy_(strategy.proximal(current, memory, lr=spec.lr))
+                        if after_step:
+                            memory = strategy.after_step(before, current, gradients, memory)
+                    total += float(loss.detach())
+                    steps += 1
+        local[model.layout.num_trained :] = carried[model.layout.num_trained :]
+        return local.detach(), memory, total / steps if steps else 0.0, steps
+
+
+def _optimizer(spec: ClientSpec, params: Tensor) -> torch.optim.Optimizer | None:
+    """Return torch's optimizer, or None for plain SGD, which is one fused operation."""
+    if spec.optimizer == "sgd":
+        if spec.momentum == 0 and spec.weight_decay == 0:
+            return None
+        return torch.optim.SGD(
+            [params], lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+        )
+    kind = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.AdamW
+    return kind([params], lr=spec.lr, weight_decay=spec.weight_decay)

@@ -1,0 +1,118 @@
+"""The wire format: what server and device say to each other in Flower messages.
+
+An instruction holds the global parameters as one ArrayRecord, and a ConfigRecord with the round,
+the position in the stream and the scenario's digest. A reply holds one MetricRecord and, after
+training, one ArrayRecord: local - global where the config asks for it (edgelearn's own loop does),
+the local parameters as any Flower strategy expects them where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
+from edgelearn.errors import StateError
+from edgelearn.params import Layout
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+FIT, EVALUATE, CONSOLIDATE, HELLO = "train", "evaluate", "query.consolidate", "query.hello"
+
+
+def encode_params(layout: Layout, params: Tensor) -> ArrayRecord:
+    """Return a vector [P] as named arrays."""
+    views = layout.views(params.detach())
+    return ArrayRecord({name: Array(view.numpy()) for name, view in views.items()})
+
+
+def decode_params(layout: Layout, record: ArrayRecord) -> Tensor:
+    """Return named arrays as a new vector [P], float32.
+
+    Raises:
+        StateError: If names or shapes are not the model's.
+    """
+    return layout.flatten({name: torch.from_numpy(a.numpy()) for name, a in record.items()})
+
+
+def instruction(
+    *, digest: str, server_round: int, position: int, extra: Mapping[str, Any] | None = None
+) -> ConfigRecord:
+    """Return the config of an instruction."""
+    return ConfigRecord(
+        {
+            "edgelearn-digest": digest,
+            "edgelearn-wire": "delta",
+            "server-round": server_round,
+            "position": position,
+            **(extra or {}),
+        }
+    )
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """Return the config of an instruction; an empty one if it has none."""
+    records = list(message.content.config_records.values())
+    return records[0] if records else ConfigRecord()
+
+
+def arrays_of(message: Message) -> ArrayRecord:
+    """Return the only ArrayRecord of a message.
+
+    Raises:
+        StateError: If there is not exactly one.
+    """
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise StateError(f"expected one ArrayRecord in the message, found {len(records)}")
+    return records[0]
+
+
+def check_digest(config: ConfigRecord, digest: str, device: int) -> None:
+    """Refuse a server that runs another scenario.
+
+    Raises:
+        StateError: If the digests differ.
+    """
+    theirs = config.get("edgelearn-digest", digest)
+    if theirs != digest:
+        raise StateError(
+            f"device {device} has the scenario {digest}, the server runs {theirs}; "
+            "give both the same file"
+        )
+
+
+def reply_content(
+    metrics: Mapping[str, Any], arrays: ArrayRecord | None = None
+) -> RecordDict:
+    """Return the content of a reply."""
+    content = RecordDict({METRICS: MetricRecord(dict(metrics))})
+    if arrays is not None:
+        content[ARRAYS] = arrays
+    return content
+
+
+def metrics_of(message: Message) -> dict[str, Any]:
+    """Return the metrics of a reply as plain values."""
+    records = list(message.content.metric_records.values())
+    return dict(records[0]) if records else {}
+
+
+def num_bytes(content: RecordDict) -> int:
+    """Return the bytes of a message's content, as Flower counts them."""
+    return sum(record.count_bytes() for record in content.values())
+
+
+def as_local(layout: Layout, params: Tensor, delta: Tensor) -> ArrayRecord:
+    """Return global + delta as the named arrays that Flower strategies aggregate."""
+    return encode_params(layout, params + delta)
+
+
+def as_float(value: Any) -> float:
+    """Return a metric as a float."""
+    return float(np.asarray(value))

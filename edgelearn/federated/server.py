@@ -1,0 +1,158 @@
+"""Server strategies: Flower's own, by name, or anybody's `flwr.serverapp.strategy.Strategy`."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
+from edgelearn import plugins
+from edgelearn.continual.strategy import argument_faults
+from edgelearn.errors import Fault, ScenarioError, StateError, nearest
+from edgelearn.scenario.spec import Scenario
+
+from flwr.serverapp import strategy as flower  # isort: skip
+from flwr.serverapp.strategy import Strategy  # isort: skip
+
+# Not strategies that average tensors of one model: they wrap another one, or aggregate trees.
+_NOT_BY_NAME = ("DifferentialPrivacy", "FedXgb", "Result", "Strategy")
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Return the names of Flower's strategies that a scenario can name."""
+    return tuple(n for n in sorted(flower.__all__) if not n.startswith(_NOT_BY_NAME))
+
+
+def make_server_strategy(scenario: Scenario) -> Strategy:
+    """Build the server strategy of a scenario.
+
+    Cohort sizes of the scenario go to the strategy's own arguments (`fraction_train`,
+    `min_train_nodes`, ...) where its constructor has them and the scenario does not set them.
+
+    Raises:
+        ScenarioError: If there is no such strategy, or it does not take the arguments.
+        PluginError: If a reference leads nowhere.
+    """
+    reference, arguments = scenario.server.strategy, dict(scenario.server.args)
+    if ":" in reference:
+        kind = plugins.resolve(reference, "flower")
+    elif reference in strategy_names():
+        kind = getattr(flower, reference)
+    else:
+        message = (
+            f"unknown name {reference!r}{nearest(reference, strategy_names())}; allowed: "
+            f"{', '.join(strategy_names())}, module:Class or path/to/file.py:Class"
+        )
+        raise ScenarioError(scenario.name, [Fault("server", "strategy", message)])
+    if not (isinstance(kind, type) and issubclass(kind, Strategy)):
+        message = f"{reference} is not a subclass of flwr.serverapp.strategy.Strategy"
+        raise ScenarioError(scenario.name, [Fault("server", "strategy", message)])
+    if faults := argument_faults(kind, arguments, "server.args"):
+        raise ScenarioError(scenario.name, faults)
+    parameters = inspect.signature(kind).parameters
+    for name, value in _cohort_arguments(scenario).items():
+        if name in parameters:
+            arguments.setdefault(name, value)
+    try:
+        strategy: Strategy = kind(**arguments)
+    except (TypeError, ValueError) as error:
+        fault = Fault("server", "args", str(error))
+        raise ScenarioError(scenario.name, [fault]) from error
+    return strategy
+
+
+def _cohort_arguments(scenario: Scenario) -> dict[str, Any]:
+    fleet, asked = scenario.fleet, scenario.evaluate.num_devices
+    return {
+        "fraction_train": fleet.cohort / fleet.num_devices,
+        "min_train_nodes": fleet.cohort,
+        "min_available_nodes": fleet.cohort,
+        "fraction_evaluate": asked / fleet.num_devices if asked else 1.0,
+        "min_evaluate_nodes": asked or 1,
+    }
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the process-wide generators that Flower's strategies draw from; restore them after."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+# -- what a strategy remembers between rounds ------------------------------------------------------
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def snapshot(strategy: Strategy) -> tuple[Arrays, dict[str, Any]]:
+    """Return the state of a strategy as arrays and plain values, for the checkpoint.
+
+    All attributes count that are numbers, texts, arrays, or lists and string-keyed dictionaries of
+    these; functions and classes are configuration. A strategy with other state can define
+    `state_dict() -> (arrays, values)` and `load_state_dict(arrays, values)`.
+
+    Raises:
+        StateError: If an attribute holds something else.
+    """
+    if hasattr(strategy, "state_dict"):
+        arrays, values = strategy.state_dict()
+        return dict(arrays), dict(values)
+    arrays = {}
+    values = {
+        name: _pack(value, name, arrays, type(strategy).__name__)
+        for name, value in vars(strategy).items()
+        if not callable(value)
+    }
+    return arrays, values
+
+
+def restore(strategy: Strategy, arrays: Arrays, values: dict[str, Any]) -> None:
+    """Give a freshly built strategy the state of `snapshot`."""
+    if hasattr(strategy, "load_state_dict"):
+        strategy.load_state_dict(arrays, values)
+        return
+    for name, value in values.items():
+        setattr(strategy, name, _unpack(value, arrays))
+
+
+def _pack(value: Any, path: str, arrays: Arrays, owner: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return _pack(value.item(), path, arrays, owner)
+    if isinstance(value, np.ndarray):
+        arrays[path] = value
+        return {"array": path}
+    if isinstance(value, list | tuple):
+        items = [_pack(v, f"{path}/{i}", arrays, owner) for i, v in enumerate(value)]
+        return {"list": items} if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {k: _pack(v, f"{path}/{k}", arrays, owner) for k, v in value.items()}}
+    raise StateError(
+        f"the server strategy {owner} keeps a {type(value).__name__} in {path!r}, which a "
+        "checkpoint can't hold; define state_dict() and load_state_dict(arrays, values)"
+    )
+
+
+def _unpack(value: Any, arrays: Arrays) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "array":
+        return arrays[inner]
+    if kind == "dict":
+        return {k: _unpack(v, arrays) for k, v in inner.items()}
+    items = [_unpack(v, arrays) for v in inner]
+    return items if kind == "list" else tuple(items)

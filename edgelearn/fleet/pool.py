@@ -1,0 +1,187 @@
+"""Pool tier: workbenches in worker processes, with parameters and updates in shared memory.
+
+Workers are started once. Pipes carry jobs and results, never tensors. Each worker has a pipe of
+its own and gets its next jobs when it is done with the last, the longest jobs first: who does what
+has no effect on the result. A worker that dies is replaced; the jobs it had are recorded as failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.multiprocessing  # noqa: F401 - teaches pickle to share tensors
+from torch import Tensor
+
+from edgelearn.errors import RunError
+from edgelearn.fleet.jobs import Done, Job, Phase
+from edgelearn.fleet.workbench import Workbench
+from edgelearn.scenario.samples import SharedSamples
+from edgelearn.scenario.world import World
+
+_PRELOAD = ["torch", "edgelearn.fleet.workbench"]
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    jobs: list[Job]
+
+
+@final
+class PoolEngine:
+    """N processes, one torch thread each."""
+
+    def __init__(self, world: World, store_path: Path, *, num_workers: int, cohort: int) -> None:
+        """Start the workers.
+
+        Args:
+            world: The scenario's world; its samples are moved to shared memory once.
+            store_path: The fleet's state.
+            num_workers: Processes.
+            cohort: Devices that can send an update in one call of `run`.
+        """
+        size = world.model().layout.size
+        self._params = torch.zeros(size).share_memory_()
+        self._updates = torch.zeros(cohort, size).share_memory_()
+        for samples in (world.train, world.test):
+            _share(samples)
+        self._arguments = (world, store_path, self._params, self._updates)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOAD)
+        self._workers = [self._start() for _ in range(num_workers)]
+
+    @property
+    def name(self) -> str:
+        """The tier's name."""
+        return "pool"
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that work."""
+        return len(self._workers)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid or 0 for worker in self._workers]
+
+    def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
+        """Do all jobs, the longest first, on whichever worker is free."""
+        self._params.copy_(params)
+        capacity = len(self._updates)
+        if updates.numel() and len(jobs) > capacity:  # in waves that fit the shared memory
+            done = []
+            for start in range(0, len(jobs), capacity):
+                wave = [replace(j, row=j.row - start) for j in jobs[start : start + capacity]]
+                results = self._run_wave(wave, updates[start : start + capacity])
+                done += [replace(result, row=result.row + start) for result in results]
+            return done
+        return self._run_wave(jobs, updates)
+
+    def _run_wave(self, jobs: Sequence[Job], updates: Tensor) -> list[Done]:
+        queue = deque(sorted(jobs, key=lambda job: (-job.cost, job.row)))
+        done: dict[int, Done] = {}
+        while len(done) < len(jobs):
+            for worker in self._workers:
+                if queue and not worker.jobs:
+                    self._hand_out(worker, queue)
+            sources: list[Any] = [worker.pipe for worker in self._workers if worker.jobs]
+            for pipe in wait(sources):
+                worker = next(w for w in self._workers if w.pipe is pipe)
+                self._take_in(worker, done)
+        with_update = [job.row for job in jobs if done[job.row].error is None]
+        if updates.numel():
+            updates[with_update] = self._updates[with_update]
+        return [done[job.row] for job in jobs]
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.pipe.send(None)
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers.clear()
+
+    def _hand_out(self, worker: _Worker, queue: deque[Job]) -> None:
+        # A few jobs at once while there are many: a pipe's round trip costs as much as a tiny job.
+        count = max(1, len(queue) // (4 * len(self._workers)))
+        worker.jobs = [queue.popleft() for _ in range(min(count, len(queue)))]
+        with contextlib.suppress(OSError):  # it died: reading its pipe will tell
+            worker.pipe.send(worker.jobs)
+
+    def _take_in(self, worker: _Worker, done: dict[int, Done]) -> None:
+        try:
+            results: list[Done] = worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join(timeout=5)
+            code = worker.process.exitcode
+            for job in worker.jobs:
+                done[job.row] = Done(job.row, error=f"its worker process died (exit code {code})")
+            worker.pipe.close()
+            self._workers[self._workers.index(worker)] = self._start()
+            return
+        worker.jobs = []
+        done.update({result.row: result for result in results})
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_work, args=(theirs, *self._arguments), daemon=True, name="edgelearn-worker"
+        )
+        process.start()
+        theirs.close()
+        try:
+            ready = ours.recv()
+        except EOFError:
+            process.join(timeout=5)
+            raise RunError(
+                f"a worker process could not start (exit code {process.exitcode}); in a script, "
+                "call edgelearn from under `if __name__ == '__main__':`"
+            ) from None
+        if ready is not None:
+            raise RunError(f"a worker process could not start: {ready}")
+        return _Worker(process, ours, [])
+
+
+def _share(samples: SharedSamples) -> None:
+    for tensor in (samples.x, samples.y):
+        tensor.share_memory_()
+
+
+def _work(
+    pipe: Connection, world: World, store_path: Path, params: Tensor, updates: Tensor
+) -> None:
+    """Body of a worker process."""
+    torch.set_num_threads(1)
+    try:
+        bench = Workbench(world, store_path)
+    except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(None)
+    none = torch.empty(0)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (jobs := pipe.recv()) is not None:
+            pipe.send(
+                [
+                    bench.perform(job, params, updates[job.row] if job.phase is Phase.FIT else none)
+                    for job in jobs
+                ]
+            )
+    os._exit(0)  # skip torch's slow teardown; everything is in shared memory

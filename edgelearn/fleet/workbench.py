@@ -1,0 +1,144 @@
+"""The bench at which simulated devices do their work, one after another, in any process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgelearn.continual.strategy import Facts, make_strategy
+from edgelearn.device.evaluate import evaluate
+from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
+from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.federated import egress
+from edgelearn.fleet.jobs import Done, Job, Phase
+from edgelearn.runtime.protocol import Prepared, make_runtime
+from edgelearn.scenario.samples import Samples, SampleStore
+from edgelearn.scenario.stream import Experience
+from edgelearn.scenario.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedData:
+    """A simulated device's view of the world: its own samples and nothing else."""
+
+    world: World
+    device: int
+
+    @property
+    def store(self) -> SampleStore:
+        """The data set that all simulated devices share."""
+        return self.world.train
+
+    def experience(self, position: int) -> Experience:
+        """Return the experience at a position of its stream."""
+        return self.world.stream.experience(self.device, position)
+
+    def samples(self, position: int) -> Samples:
+        """Return its training samples of that experience."""
+        return self.world.train_samples(self.device, position)
+
+
+def make_learner(world: World) -> Learner:
+    """Build the learner of a scenario: network, client strategy and what they may know."""
+    spec = world.scenario.client
+    return Learner(
+        model=world.model(),
+        strategy=make_strategy(spec.strategy, spec.args),
+        spec=spec,
+        facts=Facts(world.stream.num_experiences, world.num_classes, world.train.sample_bytes),
+        seed=world.scenario.seed,
+    )
+
+
+class Workbench:
+    """Does jobs; a process has one, and several give the same bits as one."""
+
+    def __init__(self, world: World, store_path: Path) -> None:
+        self._world = world
+        self._learner = make_learner(world)
+        runtime = world.scenario.runtime
+        self._runtime = make_runtime(runtime.name, runtime.args)
+        self._file = RecordFile(
+            store_path,
+            RecordLayout.of(self._learner.declaration),
+            world.scenario.fleet.num_devices,
+        )
+        self._prepared: tuple[int, Prepared] | None = None
+        layout = self._learner.model.layout
+        self._schemas = {
+            Phase.FIT: egress.fit_schema(layout),
+            Phase.CONSOLIDATE: egress.consolidate_schema(),
+            Phase.EVALUATE: egress.evaluate_schema(world.stream.num_experiences),
+        }
+
+    def perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
+        """Do one job; `update` [P] takes what the device sends.
+
+        Whatever goes wrong is this device's failure, not the run's.
+        """
+        try:
+            return self._perform(job, params, update)
+        except Exception as error:  # noqa: BLE001 - plug-ins may raise anything; it is reported
+            return Done(job.row, error=f"{type(error).__name__}: {error}")
+
+    def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
+        data = SimulatedData(self._world, job.device)
+        state = self._state(job)
+        schema = self._schemas[job.phase]
+        if job.phase is Phase.EVALUATE:
+            metrics = self._evaluate(job, state, params, data)
+            schema.admit({}, metrics)
+            return Done(job.row, metrics)
+        if job.phase is Phase.CONSOLIDATE:
+            new = self._learner.consolidate(state, params, data, upto=job.position + 1)
+            metrics = {"num-examples": len(data.samples(job.position))}
+            schema.admit({}, metrics)
+            return Done(job.row, metrics, self._file.write(job.device, job.write_slot, new))
+        fit = self._learner.fit(
+            state,
+            params,
+            data,
+            position=job.position,
+            server_round=job.server_round,
+            proximal_mu=job.proximal_mu,
+        )
+        schema.admit(fit.update.arrays, fit.update.metrics)
+        for name, view in self._learner.model.layout.views(update).items():
+            view.copy_(fit.update.arrays[name])
+        checksum = self._file.write(job.device, job.write_slot, fit.state)
+        return Done(job.row, fit.update.metrics, checksum, fit.num_samples)
+
+    def _state(self, job: Job) -> DeviceState:
+        if job.read_slot == UNWRITTEN:
+            return self._learner.initial_state(self._world.train)
+        return self._file.read(job.device, job.read_slot, self._world.train)
+
+    def _evaluate(
+        self, job: Job, state: DeviceState, params: Tensor, data: SimulatedData
+    ) -> dict[str, object]:
+        if self._prepared is None or self._prepared[0] != job.serial:
+            model = self._learner.model
+            model.module.eval()
+            self._prepared = (job.serial, self._runtime.prepare(model, params))
+        held = self._learner.held_ids(state, data.samples(job.position))
+        calibration = self._world.train.batch(
+            held[: self._world.scenario.runtime.num_calibration]
+        ).x
+        tests = [
+            self._world.test_samples(job.device, experience_id)
+            for experience_id in range(self._world.stream.num_experiences)
+        ]
+        with torch.no_grad():
+            counts = evaluate(
+                self._learner.model, params, self._prepared[1], calibration, tests
+            )
+        return {
+            "num-examples": sum(counts.count),
+            "model-bytes": counts.model_bytes,
+            "count": list(counts.count),
+            "served": list(counts.served),
+            "float": list(counts.float_),
+        }

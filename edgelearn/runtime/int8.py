@@ -1,0 +1,206 @@
+r"""int8 reference runtime: integer arithmetic, exactly as an integer kernel would do it.
+
+Linear and convolution layers are quantized; what is between them stays float.
+
+- weights: symmetric per output channel, w_q = clip(round(w / s_w), -127, 127), s_w = max|w| / 127;
+- activations: affine per tensor, x_q = clip(round(x / s_x) + z, 0, 255), range from calibration;
+- bias: 32 bits at scale s_x s_w;
+- result: y = s_x s_w (sum (x_q - z) w_q + b_q), the sum exact.
+
+Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 2. Torch has no fast
+integer kernels on all processors, so the integers travel in floating-point registers wide enough
+to hold every partial sum: the numbers are those of an integer kernel, the speed is not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edgelearn.params import FlatModel
+
+Layer = nn.Linear | nn.Conv2d
+_FLOAT32_EXACT = 2**24
+
+
+class _QuantizedLayer(nn.Module):
+    """A layer that reads its integers from buffers, which the predictor binds."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.is_conv = isinstance(layer, nn.Conv2d)
+        if isinstance(layer, nn.Conv2d):
+            self.stride, self.padding = layer.stride, layer.padding
+            self.dilation, self.groups = layer.dilation, layer.groups
+            fan_in = layer.weight[0].numel()
+        else:
+            fan_in = layer.in_features
+        # Largest partial sum of products |x_q - z| <= 255, |w_q| <= 127.
+        wide = fan_in * 255 * 127 >= _FLOAT32_EXACT
+        self.accumulator = torch.float64 if wide else torch.float32
+        self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(len(layer.weight)))
+        self.register_buffer("bias", torch.zeros(len(layer.weight)))
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.full((), -1.0))
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+    low: Tensor
+    high: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        channel = (1, -1, 1, 1) if self.is_conv else (-1,)
+        if self.high < self.low:  # not calibrated: the range of each input
+            rows = x.reshape(len(x), -1)
+            low, high = rows.amin(1), rows.amax(1)
+            step, zero = activation_scale(low, high)
+            shape = (-1, *[1] * (x.dim() - 1))
+            step, zero = step.view(shape), zero.view(shape)
+        else:
+            step, zero = activation_scale(self.low, self.high)
+        centred = torch.clamp(torch.round(x / step) + zero, 0, 255) - zero
+        codes = self.codes.to(self.accumulator)
+        centred = centred.to(self.accumulator)
+        if self.is_conv:
+            total = F.conv2d(
+                centred, codes, None, self.stride, self.padding, self.dilation, self.groups
+            )
+        else:
+            total = F.linear(centred, codes)
+        unit = step * self.scale.view(channel)
+        bias = torch.round(self.bias.view(channel) / unit)
+        return ((total + bias) * unit).to(torch.float32)
+
+
+def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return step and zero point of unsigned 8-bit codes for a range; 0 is always exact."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    return step, torch.round(-low / step).clamp(0, 255)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight [out, ...] symmetrically per output channel.
+
+    Returns:
+        Codes [out, ...], int8, and scales [out], float32; |w - codes * scale| <= scale / 2.
+    """
+    peak = weight.reshape(len(weight), -1).abs().amax(1)
+    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+    ratio = weight / scale.view(-1, *[1] * (weight.dim() - 1))
+    return torch.round(ratio).clamp(-127, 127).to(torch.int8), scale
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Int8Predictor:
+    """One device's quantized model."""
+
+    skeleton: nn.Module
+    tensors: Mapping[str, Tensor]
+    model_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits [B, C]."""
+        out: Tensor = functional_call(self.skeleton, dict(self.tensors), (x,))
+        return out
+
+
+@final
+class Int8Prepared:
+    """Integer weights; activation ranges come from each device."""
+
+    def __init__(
+        self,
+        model: FlatModel,
+        params: Tensor,
+        skeleton: nn.Module,
+        layers: Mapping[str, Layer],
+    ) -> None:
+        self._model, self._params = model, params.clone()
+        self._skeleton, self._layers = skeleton, layers
+        views = model.layout.views(self._params)
+        tensors: dict[str, Tensor] = {}
+        num_bytes = 0
+        for name in layers:
+            prefix = f"{name}." if name else ""
+            codes, scale = quantize_weight(views.pop(f"{prefix}weight"))
+            bias = views.pop(f"{prefix}bias", None)
+            tensors[f"{prefix}codes"], tensors[f"{prefix}scale"] = codes, scale
+            tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
+            # codes, scales, 32-bit biases, and scale and zero point of the activations
+            num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
+        tensors.update(views)
+        self._tensors = tensors
+        self._model_bytes = num_bytes + sum(4 * view.numel() for view in views.values())
+
+    def calibrated(self, calibration: Tensor) -> Int8Predictor:
+        """Observe the range of each layer's input (minimum and maximum) on own inputs."""
+        ranges: dict[str, Tensor] = {}
+        if len(calibration):
+            hooks = [
+                layer.register_forward_pre_hook(_observer(name, ranges))
+                for name, layer in self._layers.items()
+            ]
+            try:
+                self._model(self._params, calibration)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return Int8Predictor(self._skeleton, {**self._tensors, **ranges}, self._model_bytes)
+
+
+def _observer(name: str, ranges: dict[str, Tensor]):  # type: ignore[no-untyped-def]
+    prefix = f"{name}." if name else ""
+
+    def observe(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        low, high = torch.aminmax(inputs[0])
+        if f"{prefix}low" in ranges:  # a layer that is used twice
+            low = torch.minimum(low, ranges[f"{prefix}low"])
+            high = torch.maximum(high, ranges[f"{prefix}high"])
+        ranges[f"{prefix}low"], ranges[f"{prefix}high"] = low, high
+
+    return observe
+
+
+@final
+class Int8Runtime:
+    """Serve int8 weights and activations; see the module for the arithmetic."""
+
+    def __init__(self) -> None:
+        self._skeletons: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+    def prepare(self, model: FlatModel, params: Tensor) -> Int8Prepared:
+        """Quantize the weights of parameters [P]."""
+        layers = {
+            name: module
+            for name, module in model.module.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        skeleton = self._skeletons.get(model.module)
+        if skeleton is None:
+            skeleton = _skeleton(model.module)
+            self._skeletons[model.module] = skeleton
+        return Int8Prepared(model, params, skeleton, layers)
+
+
+def _skeleton(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return _QuantizedLayer(module).eval()
+    skeleton = copy.deepcopy(module).eval()
+    for name, layer in list(skeleton.named_modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            owner, _, leaf = name.rpartition(".")
+            setattr(skeleton.get_submodule(owner), leaf, _QuantizedLayer(layer))
+    return skeleton
