@@ -7,9 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgelearn.continual.strategy import make_strategy
+from edgelearn.device.profile import assign
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.federated.record import RunRecord
+from edgelearn.federated.server import make_server_strategy
 from edgelearn.fleet.simulate import simulate
+from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.load import load as load_file
 from edgelearn.scenario.spec import Scenario
@@ -78,3 +82,25 @@ def compare(
         ]
         for client, variant in plan
     }
+
+
+def check_plugins(scenario: Scenario) -> None:
+    """Build every plug-in that a scenario names, so that faults in their arguments show.
+
+    Raises:
+        ScenarioError: With the faults of all plug-ins.
+        PluginError: If a reference leads nowhere.
+    """
+    faults: list[Fault] = []
+    for build in (
+        lambda: make_strategy(scenario.client.strategy, scenario.client.args),
+        lambda: make_server_strategy(scenario),
+        lambda: make_runtime(scenario.runtime.name, scenario.runtime.args),
+        lambda: assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed),
+    ):
+        try:
+            build()
+        except ScenarioError as error:
+            faults += error.faults
+    if faults:
+        raise ScenarioError(scenario.name, faults)

@@ -117,8 +117,8 @@ class RoundLoop:
     journal: Journal
     on_round: Callable[[Progress], None] | None = None
     checkpoint_every_s: float = 1.0
-    _down: dict[int, int] = field(default_factory=Counter)
-    _up: dict[int, int] = field(default_factory=Counter)
+    _down: Counter[int] = field(default_factory=Counter)
+    _up: Counter[int] = field(default_factory=Counter)
     _best: dict[int, float] = field(default_factory=dict)
 
     def run(self, params: Tensor, resumed: Checkpoint | None = None) -> Tensor:
@@ -390,8 +390,8 @@ class RoundLoop:
     def _restore(self, checkpoint: Checkpoint) -> Tensor:
         tensors, values = checkpoint.tensors, checkpoint.values
         restore(self.strategy, with_prefix("strategy.", tensors), dict(values["strategy"]))
-        self._up.update(enumerate(tensors["bytes_up"].tolist()))
-        self._down.update(enumerate(tensors["bytes_down"].tolist()))
+        self._up.update(dict(enumerate(tensors["bytes_up"].tolist())))
+        self._down.update(dict(enumerate(tensors["bytes_down"].tolist())))
         self._best.update({int(k): v for k, v in values["best"].items()})
         self.fleet.restore(tensors, values["clock_s"])
         return tensors["params"].clone()

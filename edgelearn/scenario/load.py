@@ -134,11 +134,11 @@ def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: 
     if typing.get_origin(expected) is not None:  # Mapping[str, ...]
         if not isinstance(value, Mapping):
             return fault(f"expected a table, got {value!r} ({rule.help})")
-        for name, argument in value.items():
-            if (odd := _not_plain(argument)) is not None:
-                message = f"got {odd!r}; a text, a finite number, true, false, a list or a table"
-                faults.append(Fault(f"{table}.{key}", name, f"{message} is expected"))
-        return MappingProxyType({k: _freeze(v) for k, v in value.items()})
+        odd = {k: o for k, v in value.items() if (o := _not_plain(v)) is not None}
+        for name, seen in odd.items():
+            message = f"got {seen!r}; a text, a finite number, true, false, a list or a table"
+            faults.append(Fault(f"{table}.{key}", name, f"{message} is expected"))
+        return None if odd else MappingProxyType({k: _freeze(v) for k, v in value.items()})
     if expected is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not expected:

@@ -140,7 +140,7 @@ class Stream:
         return Domains(index, torch.ones(index.shape))
 
     def _rotations(self, shape: tuple[int, ...]) -> Domains:
-        """Bilinear rotations about the centre by equal steps of 180 degrees / T; outside is 0."""
+        """Bilinear clockwise rotations in equal steps of 180 degrees / T; outside is 0."""
         depth, height, width = shape
         rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
         middle = (height - 1) / 2, (width - 1) / 2

@@ -127,9 +127,7 @@ def test_flatten_and_views_are_inverse():
 
 def test_flatten_makes_float32():
     layout = Layout.of(nn.Linear(2, 1))
-    flat = layout.flatten(
-        {"bias": np.ones(1), "weight": torch.full((1, 2), 3, dtype=torch.int64)}
-    )
+    flat = layout.flatten({"bias": np.ones(1), "weight": torch.full((1, 2), 3, dtype=torch.int64)})
     assert flat.dtype == torch.float32
     assert flat.tolist() == [3, 3, 1]
 

@@ -1,0 +1,364 @@
+"""The command line. Results go to stdout, progress and the log to stderr.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong usage or scenario. Nothing heavy is imported before
+it is needed: `edgelearn --help` needs neither torch nor flwr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import edgelearn
+from edgelearn.errors import EdgelearnError, Fault, PluginError, ScenarioError
+
+if TYPE_CHECKING:
+    from edgelearn.federated.record import RunRecord
+    from edgelearn.scenario.spec import Scenario
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (ScenarioError, PluginError) as error:
+        print(f"edgelearn: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except EdgelearnError as error:
+        print(f"edgelearn: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("edgelearn: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgelearn", description="Fleets of devices that keep learning."
+    )
+    parser.add_argument("--version", action="version", version=f"edgelearn {edgelearn.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "run a scenario, or go on with an interrupted run")
+    run.add_argument("scenario", nargs="?", help="name or TOML file")
+    run.add_argument("--out", metavar="DIR", help="run directory (default: runs/NAME-TIME)")
+    run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR")
+    run.add_argument("--client", metavar="NAME", help="client strategy: name, file.py:Class, ...")
+    run.add_argument("--checkpoint-every", metavar="S", type=float, default=1.0, dest="every_s",
+                     help="least seconds between checkpoints; 0: every round (default: 1)")
+    _scenario_options(run)
+
+    compare = _command(commands, "compare", _compare, "run several client strategies side by side")
+    compare.add_argument("scenario", help="name or TOML file")
+    compare.add_argument("--client", metavar="A,B,...", required=True, help="client strategies")
+    compare.add_argument("--seeds", metavar="N", type=int, default=1, help="runs per strategy")
+    compare.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    compare.add_argument("--out", metavar="DIR", help="keep the run directories here")
+    _scenario_options(compare)
+
+    _command(commands, "scenarios", _scenarios, "list the built-in scenarios")
+    validate = _command(commands, "validate", _validate, "check a scenario, list all its faults")
+    validate.add_argument("scenario", help="name or TOML file")
+    copy = _command(commands, "copy", _copy, "copy a built-in scenario to a file of your own")
+    copy.add_argument("scenario", help="name")
+    copy.add_argument("file", help="new TOML file")
+
+    report = _command(commands, "report", _report, "write the report of a run again")
+    report.add_argument("directory", help="run directory")
+
+    new = _command(commands, "new", _new, "write a commented plug-in to start from")
+    new.add_argument("kind", choices=("strategy",))
+    new.add_argument("name", help="name of the class, such as my-strategy")
+    check = _command(commands, "check", _check, "check a client strategy against the contract")
+    check.add_argument("strategy", help="name, file.py:Class or module:Class")
+
+    deploy = _command(commands, "deploy", _deploy, "prepare a real fleet: certificates and keys")
+    deploy.add_argument("action", choices=("init",))
+    deploy.add_argument("directory", help="new folder for certificates and keys")
+    deploy.add_argument("-n", "--devices", type=int, default=2, help="devices (default: 2)")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _scenario_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
+    parser.add_argument("--set", metavar="TABLE.KEY=VALUE", action="append", default=[],
+                        dest="overrides", help="replace a value of the scenario (repeatable)")
+    parser.add_argument("--workers", metavar="N", type=int, help="processes; no effect on results")
+    parser.add_argument("--engine", metavar="NAME", default="auto",
+                        help="auto, reference or pool; no effect on results")
+
+
+def _load(options: argparse.Namespace) -> Scenario:
+    from edgelearn.scenario.load import load
+
+    overrides: dict[str, Any] = {}
+    for item in options.overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            fault = Fault("", item, "expected TABLE.KEY=VALUE, such as client.lr=0.1")
+            raise ScenarioError("--set", [fault])
+        overrides[key.strip()] = _value(text.strip())
+    if options.seed is not None:
+        overrides["seed"] = options.seed
+    return load(options.scenario, overrides)
+
+
+def _value(text: str) -> Any:
+    """Read a value as TOML does; what is not TOML is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.resume is None and options.scenario is None:
+        print("edgelearn run: name a scenario, or --resume DIR", file=sys.stderr)
+        return WRONG_USAGE
+    if options.resume is not None:
+        return _resume(options)
+    from edgelearn.api import with_client
+
+    scenario = _load(options)
+    if options.client:
+        scenario = with_client(scenario, options.client)
+    directory = Path(options.out) if options.out else _new_directory(scenario.name)
+    from edgelearn.fleet.simulate import simulate
+
+    with _display(scenario.name) as on_round:
+        record = _interruptible(
+            directory,
+            lambda: simulate(
+                scenario,
+                out=directory,
+                engine=options.engine,
+                num_workers=options.workers,
+                on_round=on_round,
+                checkpoint_every_s=options.every_s,
+            ),
+        )
+    return _show(record, directory)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    given = {
+        "a scenario": options.scenario, "--out": options.out, "--client": options.client,
+        "--set": options.overrides, "--seed": options.seed,
+    }
+    if extra := [name for name, value in given.items() if value]:
+        print(f"edgelearn run --resume: the run has its scenario already; drop {extra[0]}",
+              file=sys.stderr)
+        return WRONG_USAGE
+    from edgelearn.fleet.simulate import resume
+
+    directory = Path(options.resume)
+    with _display(directory.name) as on_round:
+        record = _interruptible(
+            directory,
+            lambda: resume(
+                directory,
+                engine=options.engine,
+                num_workers=options.workers,
+                on_round=on_round,
+                checkpoint_every_s=options.every_s,
+            ),
+        )
+    return _show(record, directory)
+
+
+def _interruptible(directory: Path, work: Callable[[], RunRecord]) -> RunRecord:
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"go on with: edgelearn run --resume {directory}", file=sys.stderr)
+        raise
+
+
+def _new_directory(name: str) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    directory, count = Path("runs") / f"{name}-{stamp}", 1
+    while directory.exists():
+        count += 1
+        directory = Path("runs") / f"{name}-{stamp}-{count}"
+    return directory
+
+
+def _display(title: str) -> Any:
+    from edgelearn.report.live import live_display
+
+    return live_display(title)
+
+
+def _show(record: RunRecord, directory: Path) -> int:
+    from rich.console import Console
+
+    from edgelearn.report.tables import summary_table
+
+    console = Console()
+    console.print(summary_table(record))
+    page = _write_report(record, directory)
+    print(f"run directory: {directory}")
+    if page is not None:
+        print(f"report:        {page}")
+    return DONE
+
+
+def _write_report(record: RunRecord, directory: Path) -> Path | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            "no report: it needs matplotlib (pip install 'edgelearn[report]'), then "
+            f"edgelearn report {directory}",
+            file=sys.stderr,
+        )
+        return None
+    from edgelearn.report.page import write_report
+
+    return write_report(record, directory)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from edgelearn.api import with_client
+    from edgelearn.fleet.simulate import simulate
+    from edgelearn.report.tables import Comparison
+
+    scenario = _load(options)
+    if options.seeds < 1:
+        print(f"edgelearn compare: got --seeds {options.seeds}; at least 1", file=sys.stderr)
+        return WRONG_USAGE
+    clients = [name.strip() for name in options.client.split(",") if name.strip()]
+    variants = {client: with_client(scenario, client) for client in clients}
+    records: dict[str, list[RunRecord]] = {client: [] for client in clients}
+    for client, variant in variants.items():
+        for seed in range(scenario.seed, scenario.seed + options.seeds):
+            label = f"{client}, seed {seed}"
+            out = None
+            if options.out:
+                out = Path(options.out) / f"{Path(client).stem}-seed{seed}".replace(":", "-")
+            with _display(label) as on_round:
+                records[client].append(
+                    simulate(
+                        replace(variant, seed=seed),
+                        out=out,
+                        engine=options.engine,
+                        num_workers=options.workers,
+                        on_round=on_round,
+                    )
+                )
+    comparison = Comparison.of(records)
+    if options.format == "csv":
+        sys.stdout.write(comparison.to_csv())
+    elif options.format == "json":
+        print(comparison.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(comparison.to_table())
+    return DONE
+
+
+# -- scenarios -------------------------------------------------------------------------------------
+
+
+def _scenarios(_options: argparse.Namespace) -> int:
+    from edgelearn.scenario.load import built_in, load
+
+    known = built_in()
+    width = max(map(len, known), default=0)
+    for name, path in known.items():
+        print(f"{name:<{width}}  {load(path).title}")
+    return DONE
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from edgelearn.scenario.load import find, load
+
+    scenario = load(options.scenario)
+    from edgelearn.api import check_plugins
+
+    check_plugins(scenario)
+    print(f"{find(options.scenario)}: valid, {scenario.num_rounds} rounds, digest "
+          f"{scenario.digest}")
+    return DONE
+
+
+def _copy(options: argparse.Namespace) -> int:
+    from edgelearn.scenario.load import find
+
+    target = Path(options.file)
+    if target.exists():
+        print(f"edgelearn copy: {target} exists already; it was not changed", file=sys.stderr)
+        return WRONG_USAGE
+    source = find(options.scenario)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    print(f"{target}: change it, then: edgelearn run {target}")
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from edgelearn.federated.record import RunRecord
+    from edgelearn.report.page import write_report
+
+    directory = Path(options.directory)
+    print(write_report(RunRecord.read(directory), directory))
+    return DONE
+
+
+# -- plug-ins and deployment -----------------------------------------------------------------------
+
+
+def _new(options: argparse.Namespace) -> int:
+    from edgelearn.testing.template import write_strategy
+
+    path = write_strategy(options.name, Path())
+    print(path.read_text(encoding="utf-8").partition('"""')[0], end="")
+    print(f"{path}: a working strategy; read it, change it, then: edgelearn check {path}:CLASS")
+    return DONE
+
+
+def _check(options: argparse.Namespace) -> int:
+    from edgelearn import plugins
+    from edgelearn.testing.contract import check_strategy, format_findings
+
+    findings = check_strategy(plugins.resolve(options.strategy, plugins.CLIENT_STRATEGIES))
+    print(format_findings(findings))
+    return FAILED if any(finding.passed is False for finding in findings) else DONE
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from edgelearn.deploy.init import init_deployment
+
+    for path in init_deployment(Path(options.directory), num_devices=options.devices):
+        print(path)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
