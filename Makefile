@@ -41,7 +41,7 @@ types: $(READY) ## Check types
 	$(BIN)/mypy
 
 golden: $(READY) ## Rewrite the golden runs (a change of results: say why in CHANGELOG.md)
-	$(BIN)/python -m pytest tests/golden --rewrite-golden
+	EDGELEARN_REWRITE_GOLDEN=1 $(BIN)/python -m pytest tests/golden
 
 bench: $(READY) ## Measure, and rewrite docs/benchmarks.md
 	$(BIN)/python benchmarks/demo.py

@@ -129,13 +129,13 @@ def draw_experiences(record: RunRecord) -> Figure:
             axes.plot(x[before], y[before], c=c, lw=1, alpha=0.4, ls=dashes)
             axes.plot(x[learned], y[learned], c=c, lw=1.7, ls=dashes, **_markers(rounds, 3))
             if len(x):
-                label = f"{e}: {formats.classes(record.run['classes'][e])}"
+                label = f"{e} ({formats.classes(record.run['classes'][e])})"
                 ends.append((float(x[-1]), float(y[-1]), label, c))
         _boundaries(axes, record, name="experience" if record.run["orders"] is None else "step")
         _percent_axis(axes, (-0.03, 1.03))
         axes.set_xlabel("round")
         axes.set_ylabel("accuracy on an experience")
-        _label_ends(axes, ends, heading="experience: classes")
+        _label_ends(axes, ends, heading="experience (classes)")
         _say_if_empty(axes, is_empty=not ends)
     return figure
 
@@ -146,7 +146,7 @@ def draw_devices(record: RunRecord) -> Figure:
     forgotten = _sorted_known(results.forgetting_by_device(record, "served"))
     figure = new_figure(width=_FULL, height=_LOW)
     with look():
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.1})
         _draw_sorted(left, final)
         left.set_ylabel("final accuracy of a device")
         left.set_xlabel("devices, worst first")
@@ -173,8 +173,8 @@ def draw_bytes(record: RunRecord) -> Figure:
             text = f"{direction} {formats.size(float(total[-1]))}"
             ends.append((float(rounds[-1]), float(total[-1]), text, c))
         _boundaries(axes, record, name="")
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.size(value)))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.round_size(value)))
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.set_xlabel("round")
@@ -189,7 +189,7 @@ def draw_models(record: RunRecord) -> Figure:
     final = {model: record.matrix(model)[-1] for model in results.MODELS}
     figure = new_figure(width=_WIDE, height=_LOW)
     with look():
-        left, right = figure.subplots(1, 2, width_ratios=[2.6, 1])
+        left, right = figure.subplots(1, 2, width_ratios=[2.6, 1], gridspec_kw={"wspace": 0.08})
         x = np.arange(T)
         left.vlines(x, final["float"], final["served"], color=color("rule"), lw=2.5)
         for model in reversed(results.MODELS):
@@ -212,7 +212,7 @@ def draw_models(record: RunRecord) -> Figure:
                 formats.size(num_bytes), (place, num_bytes), (0, 3),
                 textcoords="offset points", ha="center", color=color("ink"),
             )  # fmt: skip
-        right.set_xticks([0, 1], [_model_name(record, model) for model in results.MODELS])
+        right.set_xticks([0, 1], results.MODELS)
         right.set_xlim(-0.6, 1.6)
         right.set_yticks([])
         right.margins(y=0.12)
@@ -323,14 +323,16 @@ def _draw_sorted(axes: Axes, values: NDArray[np.float64]) -> None:
     axes.margins(y=0.12)
     edge = 0.6 + 0.015 * len(values)
     axes.set_xlim(1 - edge, len(values) + edge)
-    rises = values[-1] >= values[0]
-    side, align = (-edge, "left") if rises else (edge, "right")
-    _note(axes, f"mean {formats.percent(mean)}", (1 if rises else len(values), mean), "served")
-    _note(axes, f"worst tenth {formats.percent(worst)}", (tenth, worst), "worst")
-
-
-def _note(axes: Axes, text: str, at: tuple[float, float], role: str) -> None:
-    axes.annotate(text, at, (0, 4), textcoords="offset points", color=color(role))
+    box = {"fc": color("card"), "lw": 0, "pad": 0.5}
+    rises = bool(values[-1] >= values[0])  # notes go where no dots are
+    axes.annotate(
+        f"mean {formats.percent(mean)}", (1 if rises else len(values), mean), (0, 4),
+        textcoords="offset points", ha="left" if rises else "right", color=color("served"), bbox=box,
+    )  # fmt: skip
+    axes.annotate(
+        f"worst tenth {formats.percent(worst)}", (tenth, worst), (9, -1),
+        textcoords="offset points", va="top" if rises else "bottom", color=color("worst"), bbox=box,
+    )  # fmt: skip
 
 
 def _sorted_known(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -53,6 +53,18 @@ def size(num_bytes: float) -> str:
     return f"{value:.{digits}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
+def round_size(num_bytes: float) -> str:
+    """Return a round number of bytes, as on an axis.
+
+    Example:
+        >>> round_size(0), round_size(500_000), round_size(2e7)
+        ('0', '500 kB', '20 MB')
+    """
+    power = min(4, max(0, math.floor(math.log10(num_bytes) / 3 + 1e-9))) if num_bytes > 0 else 0
+    text = f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return text if num_bytes else "0"
+
+
 def duration(seconds: float) -> str:
     """Return a duration.
 

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
     from edgelearn.federated.record import RunRecord
 
-_PAGE_COLORS = {
-    False: "--page: #f5f7f9; --card: #ffffff; --line: #e2e7ec; color-scheme: light;",
-    True: "--page: #0f1419; --card: #171d24; --line: #29323c; color-scheme: dark;",
-}
-
 
 def write_report(record: RunRecord, directory: Path) -> Path:
     """Write `figures/*.svg` and `report.html` into a directory, and return the path of the page.
@@ -83,9 +78,9 @@ def render_page(record: RunRecord, drawings: dict[str, str]) -> str:
 
 def _style() -> str:
     css = resources.files("edgelearn.report").joinpath("page.css").read_text("utf-8")
-    light, dark = (_PAGE_COLORS[d] + " " + css_variables(dark=d) for d in (False, True))
+    day, night = (css_variables(dark=dark) for dark in (False, True))
     return (
-        f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{css}"
+        f":root {{ {day} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {night} }} }}\n{css}"
     )
 
 
@@ -156,7 +151,7 @@ def _captions(record: RunRecord) -> dict[str, tuple[str, str]]:
         "average": (
             "Average accuracy on what was seen",
             (
-                "Mean over the experiences met so far, with the model that the devices serve and with "
+                "Mean over the experiences met so far, with the model that devices serve and with "
                 "the float model it was made from; dotted lines are where a new experience begins."
             ),
         ),
@@ -171,7 +166,7 @@ def _captions(record: RunRecord) -> dict[str, tuple[str, str]]:
         "devices": (
             "Spread over devices",
             (
-                "Every dot is a device: its final accuracy on all it has seen (left) and how much it "
+                "Every dot is a device: its final accuracy on all it saw (left) and how much it "
                 "forgot (right), with the worst tenth marked."
             ),
         ),
@@ -185,8 +180,8 @@ def _captions(record: RunRecord) -> dict[str, tuple[str, str]]:
         "models": (
             f"What serving {runtime} costs",
             (
-                "Final accuracy on each experience with the served and the float model, and the bytes "
-                "that either takes on a device."
+                "Final accuracy on each experience with the served and the float model, and the "
+                "bytes of either on a device."
             ),
         ),
     }

@@ -40,17 +40,17 @@ def key_numbers(record: RunRecord) -> str:
         (
             "Forgetting",
             formats.points(served.forgetting, signed=False),
-            "mean fall from the best to the end",
+            "mean fall from best to end",
         ),
         (
             "Backward transfer (BWT)",
             formats.points(served.backward_transfer),
-            "what later learning did to earlier",
+            "from later learning on earlier",
         ),
         (
             "Forward transfer (FWT)",
             formats.points(served.forward_transfer),
-            "head start over the untrained model",
+            "head start before learning",
         ),
         (
             "Average incremental accuracy",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Role -> (light, dark). Hues after Okabe and Ito (2008) and Tol (2021), safe for colour-blind
 # readers; darker on light, lighter on dark, so that each has a contrast of 3:1 or more.
 ROLES: dict[str, tuple[str, str]] = {
+    "page": ("#f5f7f9", "#0f1419"),
+    "card": ("#ffffff", "#171d24"),
+    "line": ("#e2e7ec", "#29323c"),
     "ink": ("#1b2127", "#e9edf1"),
     "muted": ("#5c6874", "#9ba7b4"),
     "rule": ("#c5ccd4", "#47515c"),
@@ -141,4 +144,7 @@ def inline_svg(svg: str, *, name: str, label: str) -> str:
 
 def css_variables(*, dark: bool) -> str:
     """Return the declarations of all roles for a style sheet."""
-    return " ".join(f"--{role}: {pair[dark]};" for role, pair in ROLES.items())
+    scheme = "dark" if dark else "light"
+    return f"color-scheme: {scheme}; " + " ".join(
+        f"--{role}: {pair[dark]};" for role, pair in ROLES.items()
+    )

@@ -1,0 +1,104 @@
+"""Golden runs: results of whole runs, round by round, do not change unnoticed.
+
+`make golden` rewrites the files; a change of results belongs into CHANGELOG.md, *Changed results*.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgelearn
+from edgelearn.scenario.spec import Scenario
+
+FOLDER = Path(__file__).parent
+BASE: dict[str, Any] = {
+    "data": {"max_train": 600, "max_test": 150},
+    "fleet": {"num_devices": 8, "cohort": 4},
+    "stream": {"rounds_per_experience": 2},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "naive": {"client": {"strategy": "naive", "args": {}}},
+    "replay": {"client": {"args": {"capacity": 20}}},
+    "replay-reservoir": {"client": {"args": {"capacity": 20, "policy": "reservoir"}}},
+    "ewc-online": {
+        "client": {"strategy": "ewc", "args": {"strength": 10.0}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "ewc-separate": {
+        "client": {"strategy": "ewc", "args": {"strength": 10.0, "mode": "separate"}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "naive-permuted": {
+        "client": {"strategy": "naive", "args": {}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "task-incremental": {"stream": {"kind": "task-incremental", "rounds_per_experience": 2}},
+    "permuted": {"stream": {"kind": "domain-incremental", "rounds_per_experience": 1}},
+    "rotated-per-device": {
+        "stream": {
+            "kind": "domain-incremental",
+            "transform": "rotate",
+            "order": "per-device",
+            "rounds_per_experience": 1,
+        }
+    },
+    "fedadam-momentum": {
+        "server": {"strategy": "FedAdam"},
+        "client": {"momentum": 0.9, "lr": 0.02},
+    },
+    "fedprox": {"server": {"strategy": "FedProx", "args": {"proximal_mu": 0.1}}},
+    "krum": {"server": {"strategy": "Krum", "args": {"num_malicious_nodes": 1}}},
+    "cnn": {"model": {"name": "cnn", "args": {"channels": [4, 8], "hidden": 16}}},
+    "unreliable-fleet": {
+        "fleet": {"profiles": {"phone-low": 1.0, "sensor-hub": 1.0}, "deadline_s": 0.02}
+    },
+}
+
+
+def scenario(name: str) -> Scenario:
+    """The golden scenario of a name."""
+    tables = {table: dict(values) for table, values in BASE.items()}
+    for table, values in RUNS[name].items():
+        tables[table] = {**tables.get(table, {}), **values}
+    return edgelearn.load("split-digits", **tables)
+
+
+def observe(name: str) -> dict[str, Any]:
+    """Run it, and keep what a change of results would change."""
+    record = edgelearn.simulate(scenario(name))
+    rounds = [
+        {
+            "round": line["round"],
+            "cohort": line["cohort"],
+            "outcomes": {k: n for k, n in line["outcomes"].items() if n},
+            "loss": line["loss"],
+            "served": line["accuracy"]["served"],
+            "float": line["accuracy"]["float"],
+            "bytes": [line["bytes_up"], line["bytes_down"]],
+            "clock_s": line["clock_s"],
+        }
+        for line in record.rounds
+    ]
+    return {"scores": record.scores().as_dict(), "rounds": rounds}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_results_are_those_on_file(name: str) -> None:
+    seen, path = observe(name), FOLDER / f"{name}.json"
+    if os.environ.get("EDGELEARN_REWRITE_GOLDEN"):
+        path.write_text(json.dumps(seen, indent=1, allow_nan=True) + "\n")
+    golden = json.loads(path.read_text())
+    assert len(seen["rounds"]) == len(golden["rounds"])
+    for now, then in zip(seen["rounds"], golden["rounds"], strict=True):
+        for key in ("round", "cohort", "outcomes", "bytes"):
+            assert now[key] == then[key], f"round {then['round']}: {key}"
+        for key in ("loss", "clock_s"):
+            assert now[key] == pytest.approx(then[key], rel=5e-3), f"round {then['round']}: {key}"
+        for key in ("served", "float"):  # one answer may tip on another processor
+            assert now[key] == pytest.approx(then[key], abs=2), f"round {then['round']}: {key}"
+    assert seen["scores"] == pytest.approx(golden["scores"], abs=0.02, nan_ok=True)
