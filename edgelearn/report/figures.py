@@ -16,12 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelearn.report import formats, results
+from edgelearn.report.axes import (
+    End,
+    draw_sorted,
+    label_ends,
+    mark_boundaries,
+    percent_axis,
+    say_if_empty,
+)
 from edgelearn.report.theme import NUM_SERIES, color, look, new_figure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
@@ -65,13 +70,15 @@ def draw_accuracy_matrix(record: RunRecord) -> Figure:
             shade = (color("heat"), 0.03 + 0.97 * float(value))
             axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, fc=shade, lw=0))
             if T <= _MOST_NUMBERS:
-                ink = color("on-heat" if value > 0.5 else "ink")
+                ink = color("on-heat" if value > 0.78 else "ink")
                 text = f"{100 * value:.0f}"
                 axes.text(j, i, text, c=ink, size=font_size, ha="center", va="center_baseline")
         if record.run["orders"] is None:
             for i in range(T):
                 if not np.isnan(R[i, i]):
-                    outline = Rectangle((i - 0.47, i - 0.47), 0.94, 0.94, fill=False, lw=1.3)
+                    outline = Rectangle(
+                        (i - 0.47, i - 0.47), 0.94, 0.94, fill=False, lw=min(1.3, 14 / T)
+                    )
                     outline.set_edgecolor(color("ink"))
                     axes.add_patch(outline)
         ticks = range(0, T, 1 + T // (_MOST_NUMBERS + 1))
@@ -84,7 +91,7 @@ def draw_accuracy_matrix(record: RunRecord) -> Figure:
             ylabel="after learning" if record.run["orders"] is None else "after step",
         )
         axes.spines[:].set_visible(False)
-        _say_if_empty(axes, is_empty=bool(np.isnan(R).all()))
+        say_if_empty(axes, is_empty=bool(np.isnan(R).all()))
     return figure
 
 
@@ -93,7 +100,7 @@ def draw_seen_average(record: RunRecord) -> Figure:
     figure = new_figure(width=_WIDE, height=_TALL)
     with look():
         axes = figure.subplots()
-        ends: list[_End] = []
+        ends: list[End] = []
         for model in reversed(results.MODELS):  # the served model on top
             rounds, means = results.seen_average(record, model)
             axes.plot(rounds, means, c=color(model), **_markers(rounds, 3.2))
@@ -101,12 +108,12 @@ def draw_seen_average(record: RunRecord) -> Figure:
                 name = _model_name(record, model)
                 text = f"{name} {formats.percent(means[-1])}"
                 ends.append((float(rounds[-1]), float(means[-1]), text, color(model)))
-        _boundaries(axes, record, name="")
-        _percent_axis(axes)
+        mark_boundaries(axes, record, name="")
+        percent_axis(axes)
         axes.set_xlabel("round")
         axes.set_ylabel("average accuracy on what was seen")
-        _label_ends(axes, ends)
-        _say_if_empty(axes, is_empty=not ends)
+        label_ends(axes, ends)
+        say_if_empty(axes, is_empty=not ends)
     return figure
 
 
@@ -118,7 +125,7 @@ def draw_experiences(record: RunRecord) -> Figure:
     first_round = {span.position: span.first for span in reached}
     with look():
         axes = figure.subplots()
-        ends: list[_End] = []
+        ends: list[End] = []
         for e in range(record.num_experiences):
             c, dashes = color(f"series-{e % NUM_SERIES}"), _DASHES[e // NUM_SERIES % len(_DASHES)]
             known = ~np.isnan(values[:, e])
@@ -131,12 +138,12 @@ def draw_experiences(record: RunRecord) -> Figure:
             if len(x):
                 label = f"{e} ({formats.classes(record.run['classes'][e])})"
                 ends.append((float(x[-1]), float(y[-1]), label, c))
-        _boundaries(axes, record, name="experience" if record.run["orders"] is None else "step")
-        _percent_axis(axes, (-0.03, 1.03))
+        mark_boundaries(axes, record, name="experience" if record.run["orders"] is None else "step")
+        percent_axis(axes, (-0.03, 1.03))
         axes.set_xlabel("round")
         axes.set_ylabel("accuracy on an experience")
-        _label_ends(axes, ends, heading="experience (classes)")
-        _say_if_empty(axes, is_empty=not ends)
+        label_ends(axes, ends, heading="experience (classes)")
+        say_if_empty(axes, is_empty=not (rounds > 0).any())
     return figure
 
 
@@ -147,13 +154,13 @@ def draw_devices(record: RunRecord) -> Figure:
     figure = new_figure(width=_FULL, height=_LOW)
     with look():
         left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.1})
-        _draw_sorted(left, final)
         left.set_ylabel("final accuracy of a device")
         left.set_xlabel("devices, worst first")
-        right.axhline(0, c=color("rule"), lw=0.8)
-        _draw_sorted(right, forgotten[::-1])
+        draw_sorted(left, final)
         right.set_ylabel("forgetting of a device")
         right.set_xlabel("devices, most forgetful first")
+        right.axhline(0, c=color("rule"), lw=0.8)
+        draw_sorted(right, forgotten[::-1])
     return figure
 
 
@@ -164,7 +171,7 @@ def draw_bytes(record: RunRecord) -> Figure:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         axes = figure.subplots()
-        ends: list[_End] = []
+        ends: list[End] = []
         for direction in results.DIRECTIONS:
             rounds, total = results.cumulative_bytes(record, direction)
             c = color(direction)
@@ -172,14 +179,15 @@ def draw_bytes(record: RunRecord) -> Figure:
             axes.fill_between(rounds, total, color=c, alpha=0.07, lw=0)
             text = f"{direction} {formats.size(float(total[-1]))}"
             ends.append((float(rounds[-1]), float(total[-1]), text, c))
-        _boundaries(axes, record, name="")
+        mark_boundaries(axes, record, name="")
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.round_size(value)))
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.set_xlabel("round")
         axes.set_ylabel("bytes so far, all devices")
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
+        say_if_empty(axes, is_empty=not record.rounds)
     return figure
 
 
@@ -199,12 +207,12 @@ def draw_models(record: RunRecord) -> Figure:
         left.set_xticks(range(0, T, 1 + T // 13))
         left.set_xlabel("experience")
         left.set_ylabel("final accuracy")
-        _percent_axis(left)
+        percent_axis(left)
         left.legend(
             loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0,
             handletextpad=0.2, columnspacing=1.2, labelcolor=color("muted"),
         )  # fmt: skip
-        _say_if_empty(left, is_empty=bool(np.isnan(list(final.values())).all()))
+        say_if_empty(left, is_empty=bool(np.isnan(list(final.values())).all()))
         for place, model in enumerate(results.MODELS):
             num_bytes = run["model_bytes"][model]
             right.bar(place, num_bytes, 0.62, color=color(model))
@@ -220,11 +228,6 @@ def draw_models(record: RunRecord) -> Figure:
     return figure
 
 
-# -- parts -----------------------------------------------------------------------------------------
-
-_End = tuple[float, float, str, str]  # x, y, text, colour
-
-
 def _model_name(record: RunRecord, model: Model) -> str:
     return "float" if model == "float" else f"served ({record.run['runtime']})"
 
@@ -234,114 +237,5 @@ def _markers(rounds: NDArray[np.int64], size: float) -> dict[str, Any]:
     return {"marker": "o" if few else "", "markersize": size, "markeredgewidth": 0}
 
 
-def _percent_axis(axes: Axes, limits: tuple[float, float] | None = None) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.grid(axis="y")
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
-    if limits is not None:
-        axes.set_ylim(*limits)
-
-
-def _boundaries(axes: Axes, record: RunRecord, *, name: str) -> None:
-    """Mark where one experience ends and the next begins; with a name, write it above."""
-    from matplotlib.ticker import MaxNLocator
-
-    spans = results.spans(record)
-    for span in spans[1:]:
-        axes.axvline(span.first - 0.5, c=color("rule"), lw=0.8, ls=(0, (2, 2)), zorder=0.5)
-    if name:
-        for span in spans[:: 1 + len(spans) // 20]:
-            text = f"{name} {span.position}" if len(spans) <= 10 else str(span.position)
-            middle = (span.first + span.last) / 2
-            axes.annotate(
-                text, (middle, 1), (0, 4), xycoords=axes.get_xaxis_transform(),
-                textcoords="offset points", ha="center", color=color("muted"), size=8,
-            )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    last = spans[-1].last if spans else 1
-    axes.set_xlim(-0.01 * last, last * 1.01)
-
-
-def _label_ends(axes: Axes, ends: Sequence[_End], *, heading: str = "") -> None:
-    """Write each line's name beside its end, moved apart where they would overlap."""
-    if not ends:
-        return
-    low, high = axes.get_ylim()
-    right = axes.get_xlim()[1]
-    height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
-    size = 8.5 if len(ends) <= 14 else 6.5
-    gap = min(1.35 * size / height_pt, 1 / max(1, len(ends) - 1)) * (high - low)
-    order = sorted(range(len(ends)), key=lambda k: ends[k][1])
-    places = _moved_apart([ends[k][1] for k in order], gap, low, high)
-    for k, y in zip(order, places, strict=True):
-        text, c = ends[k][2:]
-        axes.annotate(
-            text, (right, y), (6, 0), textcoords="offset points", va="center_baseline",
-            color=c, size=size, annotation_clip=False,
-        )  # fmt: skip
-    if heading:
-        axes.annotate(
-            heading, (1, 1), (6, 4), xycoords="axes fraction", textcoords="offset points",
-            color=color("muted"), size=8,
-        )  # fmt: skip
-    axes.set_ylim(low, high)
-
-
-def _moved_apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return sorted values moved apart by at least a gap, within limits."""
-    places: list[float] = []
-    for value in values:
-        places.append(max(value, places[-1] + gap) if places else max(value, low))
-    ceiling = high
-    for k in reversed(range(len(places))):
-        places[k] = min(places[k], ceiling)
-        ceiling = places[k] - gap
-    return places
-
-
-def _draw_sorted(axes: Axes, values: NDArray[np.float64]) -> None:
-    _percent_axis(axes)
-    axes.spines["bottom"].set_visible(False)
-    _say_if_empty(axes, is_empty=len(values) == 0)
-    if len(values) == 0:
-        return
-    x = np.arange(1, len(values) + 1)
-    tenth = max(1, len(values) // 10)
-    is_worst = x <= tenth
-    mean, worst = float(values.mean()), float(values[is_worst].mean())
-    if len(values) <= 400:
-        size = 26 if len(values) <= 100 else 9
-        axes.scatter(x[~is_worst], values[~is_worst], s=size, color=color("served"), lw=0, zorder=3)
-        axes.scatter(x[is_worst], values[is_worst], s=size, color=color("worst"), lw=0, zorder=3)
-    else:
-        axes.plot(x, values, c=color("served"))
-        axes.plot(x[is_worst], values[is_worst], c=color("worst"), lw=2.6)
-    axes.axhline(mean, c=color("served"), lw=1, ls=(0, (4, 2)), zorder=2)
-    axes.set_xticks([])
-    axes.margins(y=0.12)
-    edge = 0.6 + 0.015 * len(values)
-    axes.set_xlim(1 - edge, len(values) + edge)
-    box = {"fc": color("card"), "lw": 0, "pad": 0.5}
-    rises = bool(values[-1] >= values[0])  # notes go where no dots are
-    axes.annotate(
-        f"mean {formats.percent(mean)}", (1 if rises else len(values), mean), (0, 4),
-        textcoords="offset points", ha="left" if rises else "right", color=color("served"), bbox=box,
-    )  # fmt: skip
-    axes.annotate(
-        f"worst tenth {formats.percent(worst)}", (tenth, worst), (9, -1),
-        textcoords="offset points", va="top" if rises else "bottom", color=color("worst"), bbox=box,
-    )  # fmt: skip
-
-
 def _sorted_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.sort(values[~np.isnan(values)])
-
-
-def _say_if_empty(axes: Axes, *, is_empty: bool) -> None:
-    if is_empty:
-        axes.text(
-            0.5, 0.5, "not measured yet", transform=axes.transAxes, ha="center", va="center",
-            color=color("muted"),
-        )  # fmt: skip

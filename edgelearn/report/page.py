@@ -115,7 +115,8 @@ def _warning(record: RunRecord) -> str:
     return (
         '<p class="warning" role="status"><b>This run is not complete:</b> '
         f"{len(record.rounds)} of {total} rounds are recorded. Numbers that need the whole stream "
-        f"are shown as {formats.UNKNOWN}; resume the run to have them.</p>"
+        f"are shown as {formats.UNKNOWN}, the others are of what is recorded; resume the run to "
+        "have them all.</p>"
     )
 
 
@@ -166,8 +167,8 @@ def _captions(record: RunRecord) -> dict[str, tuple[str, str]]:
         "devices": (
             "Spread over devices",
             (
-                "Every dot is a device: its final accuracy on all it saw (left) and how much it "
-                "forgot (right), with the worst tenth marked."
+                "Devices sorted by their final accuracy on all they saw (left) and by how much "
+                "they forgot (right), with the worst tenth marked."
             ),
         ),
         "bytes": (

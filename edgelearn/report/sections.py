@@ -217,7 +217,7 @@ def provenance(record: RunRecord) -> str:
 {rows}</dl>
 <p class="honesty"><b>Measured and modelled.</b> Accuracies and bytes were measured in this run: on
 the models that were served, and on the messages that were sent. The virtual clock, and the latency
-and energy of devices, are modelled from their profiles; nothing here was timed on a device.</p>"""
+and energy of devices, are modelled from the devices' profiles: not timed on hardware.</p>"""
 
 
 def _computing_time(record: RunRecord) -> str:

@@ -1,0 +1,143 @@
+"""What the figures share: axes in percent, boundaries of experiences, labels at the ends of lines.
+
+All of these are called inside `theme.look`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelearn.report import formats, results
+from edgelearn.report.theme import color
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from edgelearn.federated.record import RunRecord
+
+End = tuple[float, float, str, str]  # x, y, text, colour
+_MOST_DOTS = 400  # devices, beyond which a line says more
+
+
+def percent_axis(axes: Axes, limits: tuple[float, float] | None = None) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.grid(axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    if limits is not None:
+        axes.set_ylim(*limits)
+
+
+def mark_boundaries(axes: Axes, record: RunRecord, *, name: str) -> None:
+    """Mark where one experience ends and the next begins; with a name, write it above."""
+    from matplotlib.ticker import MaxNLocator
+
+    spans = results.spans(record)
+    for span in spans[1:]:
+        axes.axvline(span.first - 0.5, c=color("rule"), lw=0.8, ls=(0, (2, 2)), zorder=0.5)
+    if name:
+        for span in spans:
+            share = (span.last - span.first + 1) / spans[-1].last
+            if share < 0.02:  # too narrow for a word
+                continue
+            text = f"{name} {span.position}" if share >= 0.1 else str(span.position)
+            middle = (span.first + span.last) / 2
+            axes.annotate(
+                text, (middle, 1), (0, 4), xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points", ha="center", color=color("muted"), size=8,
+            )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    last = spans[-1].last if spans else 1
+    axes.set_xlim(-0.01 * last, last * 1.01)
+
+
+def label_ends(axes: Axes, ends: Sequence[End], *, heading: str = "") -> None:
+    """Write each line's name beside its end, moved apart where they would overlap."""
+    if not ends:
+        return
+    low, high = axes.get_ylim()
+    right = axes.get_xlim()[1]
+    height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
+    size = 8.5 if len(ends) <= 14 else 6.5
+    gap = min(1.35 * size / height_pt, 1 / max(1, len(ends) - 1)) * (high - low)
+    order = sorted(range(len(ends)), key=lambda k: ends[k][1])
+    places = _moved_apart([ends[k][1] for k in order], gap, low, high)
+    for k, y in zip(order, places, strict=True):
+        text, c = ends[k][2:]
+        axes.annotate(
+            text, (right, y), (6, 0), textcoords="offset points", va="center_baseline",
+            color=c, size=size, annotation_clip=False,
+        )  # fmt: skip
+    if heading:
+        axes.annotate(
+            heading, (1, 1), (6, 4), xycoords="axes fraction", textcoords="offset points",
+            color=color("muted"), size=8,
+        )  # fmt: skip
+    axes.set_ylim(low, high)
+
+
+def _moved_apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Return sorted values moved apart by at least a gap, within limits."""
+    places: list[float] = []
+    for value in values:
+        places.append(max(value, places[-1] + gap) if places else max(value, low))
+    ceiling = high
+    for k in reversed(range(len(places))):
+        places[k] = min(places[k], ceiling)
+        ceiling = places[k] - gap
+    return places
+
+
+def draw_sorted(axes: Axes, values: NDArray[np.float64]) -> None:
+    if len(values) == 0:
+        say_if_empty(axes, is_empty=True)
+        return
+    percent_axis(axes)
+    axes.spines["bottom"].set_visible(False)
+    x = np.arange(1, len(values) + 1)
+    tenth = max(1, len(values) // 10)
+    is_worst = x <= tenth
+    mean, worst = float(values.mean()), float(values[is_worst].mean())
+    if len(values) <= _MOST_DOTS:
+        size = 26 if len(values) <= 100 else 9
+        axes.scatter(x[~is_worst], values[~is_worst], s=size, color=color("served"), lw=0, zorder=3)
+        axes.scatter(x[is_worst], values[is_worst], s=size, color=color("worst"), lw=0, zorder=3)
+    else:
+        axes.plot(x, values, c=color("served"))
+        axes.plot(x[is_worst], values[is_worst], c=color("worst"), lw=2.6)
+    axes.axhline(mean, c=color("served"), lw=1, ls=(0, (4, 2)), zorder=2)
+    axes.set_xticks([])
+    axes.margins(y=0.12)
+    edge = 0.6 + 0.015 * len(values)
+    axes.set_xlim(1 - edge, len(values) + edge)
+    last = len(values)
+    box = {"fc": color("card"), "lw": 0, "pad": 0.5}
+    rises = bool(values[-1] >= values[0])  # notes go where no dots are
+    axes.annotate(
+        f"mean {formats.percent(mean)}", (1 if rises else last, mean), (0, 4),
+        textcoords="offset points", ha="left" if rises else "right", bbox=box,
+        color=color("served"),
+    )  # fmt: skip
+    axes.annotate(
+        f"worst tenth {formats.percent(worst)}", (tenth, worst), (9, -1),
+        textcoords="offset points", va="top" if rises else "bottom", bbox=box,
+        color=color("worst"),
+    )  # fmt: skip
+
+
+def say_if_empty(axes: Axes, *, is_empty: bool) -> None:
+    """Leave nothing but a word where there is nothing to draw; the last call for its axes."""
+    if is_empty:
+        axes.clear()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.text(
+            0.5, 0.5, "not measured yet", transform=axes.transAxes, ha="center", va="center",
+            color=color("muted"),
+        )  # fmt: skip
