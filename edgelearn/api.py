@@ -77,8 +77,7 @@ def compare(
     plan = [(client, with_client(scenario, client)) for client in clients]
     return {
         client: [
-            simulate(replace(variant, seed=scenario.seed + s), **options)
-            for s in range(num_seeds)
+            simulate(replace(variant, seed=scenario.seed + s), **options) for s in range(num_seeds)
         ]
         for client, variant in plan
     }

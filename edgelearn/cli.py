@@ -58,8 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="run directory (default: runs/NAME-TIME)")
     run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR")
     run.add_argument("--client", metavar="NAME", help="client strategy: name, file.py:Class, ...")
-    run.add_argument("--checkpoint-every", metavar="S", type=float, default=1.0, dest="every_s",
-                     help="least seconds between checkpoints; 0: every round (default: 1)")
+    run.add_argument(
+        "--checkpoint-every",
+        metavar="S",
+        type=float,
+        default=1.0,
+        dest="every_s",
+        help="least seconds between checkpoints; 0: every round (default: 1)",
+    )
     _scenario_options(run)
 
     compare = _command(commands, "compare", _compare, "run several client strategies side by side")
@@ -103,11 +109,21 @@ def _command(
 
 def _scenario_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
-    parser.add_argument("--set", metavar="TABLE.KEY=VALUE", action="append", default=[],
-                        dest="overrides", help="replace a value of the scenario (repeatable)")
+    parser.add_argument(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="replace a value of the scenario (repeatable)",
+    )
     parser.add_argument("--workers", metavar="N", type=int, help="processes; no effect on results")
-    parser.add_argument("--engine", metavar="NAME", default="auto",
-                        help="auto, reference or pool; no effect on results")
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        default="auto",
+        help="auto, reference or pool; no effect on results",
+    )
 
 
 def _load(options: argparse.Namespace) -> Scenario:
@@ -167,12 +183,17 @@ def _run(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     given = {
-        "a scenario": options.scenario, "--out": options.out, "--client": options.client,
-        "--set": options.overrides, "--seed": options.seed,
+        "a scenario": options.scenario,
+        "--out": options.out,
+        "--client": options.client,
+        "--set": options.overrides,
+        "--seed": options.seed,
     }
     if extra := [name for name, value in given.items() if value]:
-        print(f"edgelearn run --resume: the run has its scenario already; drop {extra[0]}",
-              file=sys.stderr)
+        print(
+            f"edgelearn run --resume: the run has its scenario already; drop {extra[0]}",
+            file=sys.stderr,
+        )
         return WRONG_USAGE
     from edgelearn.fleet.simulate import resume
 
@@ -303,8 +324,9 @@ def _validate(options: argparse.Namespace) -> int:
     from edgelearn.api import check_plugins
 
     check_plugins(scenario)
-    print(f"{find(options.scenario)}: valid, {scenario.num_rounds} rounds, digest "
-          f"{scenario.digest}")
+    print(
+        f"{find(options.scenario)}: valid, {scenario.num_rounds} rounds, digest {scenario.digest}"
+    )
     return DONE
 
 

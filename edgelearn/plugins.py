@@ -9,11 +9,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgelearn.errors import PluginError, nearest
+from edgelearn.errors import Fault, PluginError, nearest
 
 CLIENT_STRATEGIES = "edgelearn.client_strategies"
 RUNTIMES = "edgelearn.runtimes"
@@ -54,11 +56,28 @@ def resolve(reference: str, group: str) -> Any:
         ) from error
 
 
+def argument_faults(kind: type[Any], arguments: Mapping[str, Any], table: str) -> list[Fault]:
+    """Return what is wrong with keyword arguments, against the signature of a class."""
+    parameters = inspect.signature(kind).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return []
+    return [
+        Fault(
+            table,
+            name,
+            f"{kind.__name__} does not take it{nearest(name, parameters)}; "
+            f"allowed: {', '.join(parameters) or 'nothing'}",
+        )
+        for name in arguments
+        if name not in parameters
+    ]
+
+
 def _from_location(reference: str) -> Any:
     place, _, attribute = reference.rpartition(":")
     if not place or not attribute:
         raise PluginError(f"{reference!r}: expected module:Class or path/to/file.py:Class")
-    module = _load_file(Path(place)) if place.endswith(".py") else _import(place)
+    module = _load_file(find_file(place)) if place.endswith(".py") else _import(place)
     if not hasattr(module, attribute):
         offered = [name for name in vars(module) if not name.startswith("_")]
         raise PluginError(f"{place} has no {attribute!r}{nearest(attribute, offered)}")
@@ -74,10 +93,23 @@ def _import(name: str) -> Any:
         ) from error
 
 
-def _load_file(path: Path) -> Any:
-    path = path.expanduser().resolve()
-    if not path.is_file():
+def find_file(place: str) -> Path:
+    """Return the absolute path of a plug-in file.
+
+    Raises:
+        PluginError: If there is none.
+    """
+    try:
+        path = Path(place).expanduser().resolve()
+        is_there = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # no such home, too long a name, ...
+        raise PluginError(f"no file {place!r}: {error}") from error
+    if not is_there:
         raise PluginError(f"no file {path}")
+    return path
+
+
+def _load_file(path: Path) -> Any:
     # A stable name, so that worker processes that load the same file agree on the class.
     digest = hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()
     name = f"edgelearn_plugin_{path.stem}_{digest}"

@@ -87,9 +87,11 @@ class Spread:
     num_devices: int
 
 
-def spread(values: NDArray[np.float64]) -> Spread:
+def spread(values: NDArray[np.float64], *, is_higher_better: bool = True) -> Spread:
     """Return mean, population std, mean of the worst tenth (at least one), worst and best."""
-    known = np.sort(values[~np.isnan(values)])
+    known = np.sort(values[~np.isnan(values)])  # from the worst to the best
+    if not is_higher_better:
+        known = known[::-1]
     if len(known) == 0:
         nan = float("nan")
         return Spread(nan, nan, nan, nan, nan, 0)

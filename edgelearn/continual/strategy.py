@@ -12,7 +12,6 @@ So the same class trains one real device and a stacked cohort of simulated ones.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Generator, Tensor
 
 from edgelearn import plugins
 from edgelearn.continual.memory import Declaration, Memory
-from edgelearn.errors import Fault, ScenarioError, nearest
+from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Samples
 from edgelearn.scenario.stream import Experience
@@ -177,7 +176,7 @@ def make_strategy(reference: str, arguments: Mapping[str, Any]) -> ClientStrateg
     if not (isinstance(found, type) and issubclass(found, ClientStrategy)):
         message = f"{reference} is not a subclass of edgelearn.ClientStrategy"
         raise ScenarioError(reference, [Fault("client", "strategy", message)])
-    faults = argument_faults(found, arguments, "client.args")
+    faults = plugins.argument_faults(found, arguments, "client.args")
     if faults:
         raise ScenarioError(reference, faults)
     try:
@@ -185,20 +184,3 @@ def make_strategy(reference: str, arguments: Mapping[str, Any]) -> ClientStrateg
     except (TypeError, ValueError) as error:
         raise ScenarioError(reference, [Fault("client", "args", str(error))]) from error
     return strategy
-
-
-def argument_faults(kind: type[Any], arguments: Mapping[str, Any], table: str) -> list[Fault]:
-    """Return what is wrong with keyword arguments, against the signature of a class."""
-    parameters = inspect.signature(kind).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return []
-    return [
-        Fault(
-            table,
-            name,
-            f"{kind.__name__} does not take it{nearest(name, parameters)}; "
-            f"allowed: {', '.join(parameters) or 'nothing'}",
-        )
-        for name in arguments
-        if name not in parameters
-    ]

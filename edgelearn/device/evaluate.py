@@ -55,8 +55,8 @@ def evaluate(
         return Counts(none, none, none, predictor.model_bytes)
     ids = torch.cat([samples.ids for samples in tests])
     batch = tests[0].store.batch(ids)
-    served = _correct(predictor(batch.x), batch).split(sizes)
-    exact = _correct(model(params, batch.x), batch).split(sizes)
+    served = torch.split(_correct(predictor(batch.x), batch), sizes)
+    exact = torch.split(_correct(model(params, batch.x), batch), sizes)
     return Counts(
         tuple(sizes),
         tuple(int(hits.sum()) for hits in served),

@@ -96,7 +96,7 @@ class RecordFile:
 
     def checksum(self, device: int, slot: int) -> int:
         """Return the checksum of a record as it is now."""
-        return zlib.crc32(self._record(device, slot))
+        return zlib.crc32(self._record(device, slot).data)
 
     def sync(self) -> None:
         """Make what was written durable."""
@@ -130,6 +130,10 @@ class FleetStore:
             self._checksums = np.zeros(num_devices, dtype=np.uint32)
         else:
             self._live, self._checksums = tables[0].copy(), tables[1].copy()
+            if not len(self._live) == len(self._checksums) == num_devices:
+                raise StateError(
+                    f"{path}: the checkpoint has {len(self._live)} devices, the fleet {num_devices}"
+                )
         if not path.is_file():
             raise StateError(f"{path}: the file with the devices' state is missing")
         self.file = RecordFile(path, self.layout, num_devices)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check
-from edgelearn.continual.strategy import ClientStrategy, Facts, Update
-from edgelearn.errors import DivergenceError, StateError
+from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
+from edgelearn.errors import DivergenceError, StateError, StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.scenario.stream import Experience
+from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, torch_generator
 
 
@@ -132,9 +133,10 @@ class Learner:
             )
         state = self.consolidate(state, params, data, upto=position)
         memory = state.memory
-        trained = params[: self.model.layout.num_trained]
         if state.begun <= position:
+            trained = self._bind(params)
             memory = self.strategy.start(self.model, trained, memory, data.experience(position))
+            self._check(memory)
         samples = data.samples(position)
         generator = torch_generator(self.seed, "steps", server_round, data.device)
         local, memory, loss, steps = self._train(
@@ -143,13 +145,13 @@ class Learner:
         where = f"device {data.device} in round {server_round}"
         if not math.isfinite(loss) or not bool(torch.isfinite(local).all()):
             raise DivergenceError(f"training diverged on {where}: loss {loss}")
-        check(memory, self.declaration)
+        self._check(memory)
         new = DeviceState(memory, position + 1, state.consolidated)
         metrics = {"num-examples": len(samples), "loss": loss, "num-steps": steps}
         delta = local - params
         update = Update(self.model.layout.views(delta), metrics)
         if self.strategy.overrides("upload"):
-            update = self.strategy.upload(update, samples, memory)
+            update = self._plain(self.strategy.upload(update, samples, memory))
         return Fit(new, update, len(samples) * self.spec.epochs)
 
     def consolidate(
@@ -166,17 +168,17 @@ class Learner:
         """
         if state.consolidated >= upto:
             return state
-        memory, trained = state.memory, params[: self.model.layout.num_trained]
-        self.model.module.eval()
+        memory, trained = state.memory, self._bind(params)
         for position in range(state.consolidated, upto):
             if state.begun <= position:
                 experience = data.experience(position)
                 memory = self.strategy.start(self.model, trained, memory, experience)
+                self._check(memory)
             generator = torch_generator(self.seed, "finish", position, data.device)
             memory = self.strategy.finish(
                 self.model, trained, data.samples(position), memory, generator
             )
-        check(memory, self.declaration)
+            self._check(memory)
         return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
 
     def held_ids(self, state: DeviceState, samples: Samples) -> Tensor:
@@ -188,6 +190,35 @@ class Learner:
         ]
         ids = torch.cat([samples.ids, *kept])
         return ids[ids != EMPTY]
+
+    def _bind(self, params: Tensor) -> Tensor:
+        """Make the model ready for a hook, whatever it did last; return the trained part [T].
+
+        What a forward pass reads beside the trained part (batch-norm statistics) must be this
+        device's own, not that of whichever device this process trained before.
+        """
+        layout = self.model.layout
+        if layout.size != layout.num_trained:
+            self.model.carry(params.clone())
+        self.model.module.eval()
+        return params[: layout.num_trained]
+
+    def _check(self, memory: object) -> None:
+        if not isinstance(memory, Memory):
+            raise StrategyError(
+                f"{type(self.strategy).__name__} returned {type(memory).__name__} where its "
+                "memory was expected; end the hook with `return memory.replace(...)`"
+            )
+        check(memory, self.declaration)
+
+    def _plain(self, update: object) -> Update:
+        """Read an update once, so that what the guard sees is what is sent."""
+        if not isinstance(update, Update):
+            raise StrategyError(
+                f"{type(self.strategy).__name__}.upload returned {type(update).__name__}, "
+                "not an Update"
+            )
+        return Update(dict(update.arrays), dict(update.metrics))
 
     def _train(
         self,
@@ -203,6 +234,9 @@ class Learner:
         proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
         local, carried = params.clone(), params.clone()
         model.carry(carried)  # apart from `local`, since a forward pass writes into it
+        # Whole numbers (batch norm's count of batches) are not sent, nor left to the next device.
+        counters = [b for b in model.module.buffers() if not b.is_floating_point()]
+        at_start = [counter.clone() for counter in counters]
         model.module.train()
         current = local[: model.layout.num_trained].requires_grad_()
         reference = params[: model.layout.num_trained]
@@ -213,7 +247,7 @@ class Learner:
             torch.manual_seed(derive(generator.initial_seed(), "layers"))
             for _ in range(spec.epochs):
                 order = torch.randperm(len(samples), generator=generator)
-                for positions in order.split(spec.batch_size):
+                for positions in torch.split(order, spec.batch_size):
                     if len(positions) == 0:
                         continue
                     batch = samples.batch(positions)
@@ -238,8 +272,22 @@ class Learner:
                             memory = strategy.after_step(before, current, gradients, memory)
                     total += float(loss.detach())
                     steps += 1
+        for counter, value in zip(counters, at_start, strict=True):
+            counter.copy_(value)
         local[model.layout.num_trained :] = carried[model.layout.num_trained :]
         return local.detach(), memory, total / steps if steps else 0.0, steps
+
+
+def make_learner(world: World) -> Learner:
+    """Build the learner of a scenario: network, client strategy and what they may know."""
+    spec = world.scenario.client
+    return Learner(
+        model=world.model(),
+        strategy=make_strategy(spec.strategy, spec.args),
+        spec=spec,
+        facts=Facts(world.stream.num_experiences, world.num_classes, world.train.sample_bytes),
+        seed=world.scenario.seed,
+    )
 
 
 def _optimizer(spec: ClientSpec, params: Tensor) -> torch.optim.Optimizer | None:

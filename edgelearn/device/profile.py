@@ -78,6 +78,8 @@ def load_profile(reference: str) -> Profile:
         path = known[reference]
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScenarioError(str(path), [Fault("", "file", f"cannot be read: {error}")]) from error
     except tomllib.TOMLDecodeError as error:
         raise ScenarioError(str(path), [Fault("", "syntax", str(error))]) from error
     fields = {f.name: f for f in dataclasses.fields(Profile) if f.name != "name"}

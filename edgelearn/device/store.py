@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +43,20 @@ class DeviceStore:
 
     def save(self, stored: Stored) -> None:
         """Replace the stored state; a crash leaves the former one."""
-        tensors = {f"memory.{k}": v.contiguous() for k, v in stored.state.memory.items()}
-        tensors["samples.x"] = stored.samples.x.contiguous()
-        tensors["samples.y"] = stored.samples.y.contiguous()
+        tensors = {f"memory.{name}": value for name, value in stored.state.memory.items()}
+        tensors["samples.x"] = stored.samples.x
+        tensors["samples.y"] = stored.samples.y
         tensors["samples.used"] = stored.samples.used.to(torch.uint8)
-        tensors["current"] = stored.current_ids.contiguous()
+        tensors["current"] = stored.current_ids
         progress = [stored.state.begun, stored.state.consolidated]
         tensors["progress"] = torch.tensor(progress, dtype=torch.int64)
-        write_atomic(self._path, save(tensors, {"format": _FORMAT, "digest": self._digest}))
+        # Copies: safetensors refuses tensors that share memory, which a strategy's may.
+        tensors = {
+            name: value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
+        }
+        metadata = {"format": _FORMAT, "digest": self._digest, "checksum": _checksum(tensors)}
+        write_atomic(self._path, save(tensors, metadata))
 
     def load(self, declaration: Declaration, encoding: Encoding) -> Stored | None:
         """Load the state, or None if this device has none yet.
@@ -71,6 +79,8 @@ class DeviceStore:
                 f"{self._path}: the state belongs to the scenario {metadata.get('digest')}, "
                 f"this run's is {self._digest}"
             )
+        if metadata.get("checksum") != _checksum(tensors):
+            raise StateError(f"{self._path}: damaged: its checksum is not that of its content")
         samples = OwnedSamples.restore(
             tensors["samples.x"], tensors["samples.y"], tensors["samples.used"], encoding
         )
@@ -81,3 +91,12 @@ class DeviceStore:
         check(memory, declaration)
         begun, consolidated = tensors["progress"].tolist()
         return Stored(DeviceState(memory, begun, consolidated), samples, tensors["current"])
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the checksum of all tensors; safetensors itself notices only a wrong length."""
+    checksum = 0
+    for name in sorted(tensors):
+        raw = tensors[name].reshape(-1).view(torch.uint8).numpy().data
+        checksum = zlib.crc32(raw, zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"

@@ -81,9 +81,7 @@ class CheckpointFolder:
                 raise StateError(f"{self._index}: format {index['format']!r}, not {_FORMAT!r}")
             path = self._folder / index["file"]
             data = read_checked(path, index["fingerprint"])
-            return Checkpoint(
-                index["round"], load(data), index["values"], index["record_bytes"]
-            )
+            return Checkpoint(index["round"], load(data), index["values"], index["record_bytes"])
         except (KeyError, TypeError) as error:
             raise StateError(f"{self._index}: damaged: {error!r} is missing") from error
         except SafetensorError as error:

@@ -4,12 +4,16 @@ A reply is checked **on the device** against a schema that the framework writes,
 strategy: the names, dtypes and shapes of the model's update, and listed metrics. Anything else
 raises here and is not sent. What a schema can't see is data hidden in the values of an admitted
 tensor; see docs/privacy.md.
+
+An error travels too, so its message names what was declared and never what was found: a name, a
+shape or a number that a strategy made up can hold a sample. What was found is a note on the
+exception (`__notes__`), for the device's own log and for `edgelearn check`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +23,9 @@ from torch import Tensor
 from edgelearn.errors import EgressError, nearest
 from edgelearn.params import Layout
 
+_LARGEST = 2**53
+_LONGEST_NOTE = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Schema:
@@ -26,7 +33,7 @@ class Schema:
 
     Attributes:
         arrays: Tensor name -> shape; all float32.
-        scalars: Metric name -> int or float.
+        scalars: Metric name -> int (a count, from 0 to 2**53) or float (finite).
         counts: Metric name -> length of a list of non-negative whole numbers.
     """
 
@@ -71,37 +78,63 @@ def evaluate_schema(num_experiences: int) -> Schema:
 
 def _same_names(what: str, found: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
     if extra := [name for name in found if name not in declared]:
-        raise EgressError(
-            f"not sent: the {what} {extra[0]!r} is not declared{nearest(extra[0], declared)}; "
-            f"declared: {', '.join(declared) or 'none'}"
+        close = nearest(extra[0], declared)
+        raise _refusal(
+            f"a {what} that is not declared{close}; declared: {_listed(declared)}",
+            found=f"{len(extra)} of them, the first named {extra[0]!r}",
         )
     if missing := [name for name in declared if name not in found]:
-        raise EgressError(f"not sent: the declared {what} {missing[0]!r} is missing")
+        raise _refusal(f"the declared {what} {missing[0]!r} is missing")
 
 
 def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
-        raise EgressError(f"not sent: {name!r} is a {type(value).__name__}, not a tensor")
+        raise _refusal(f"{name!r} is not a tensor", found=type(value).__name__)
     if tuple(value.shape) != tuple(shape) or value.dtype != torch.float32:
-        raise EgressError(
-            f"not sent: the tensor {name!r} is {tuple(value.shape)} {value.dtype}, declared "
-            f"{tuple(shape)} torch.float32"
+        raise _refusal(
+            f"the tensor {name!r} is not {tuple(shape)} torch.float32, as declared",
+            found=f"{tuple(value.shape)} {value.dtype}",
         )
 
 
 def _check_scalar(name: str, value: Any, kind: type[int] | type[float]) -> None:
     if type(value) is not kind:
-        raise EgressError(
-            f"not sent: the metric {name!r} is a {type(value).__name__}, declared one {kind.__name__}"
+        raise _refusal(
+            f"the metric {name!r} is not one {kind.__name__}, as declared",
+            found=f"{type(value).__name__} {value!r}",
         )
-    if not math.isfinite(value):
-        raise EgressError(f"not sent: the metric {name!r} is {value}")
+    if kind is int:
+        _check_whole(name, value)
+    elif not math.isfinite(value):
+        raise _refusal(f"the metric {name!r} is not finite", found=repr(value))
 
 
 def _check_counts(name: str, value: Any, length: int) -> None:
-    if not isinstance(value, list) or len(value) != length:
-        found = f"{len(value)} values" if isinstance(value, list) else type(value).__name__
-        raise EgressError(f"not sent: the metric {name!r} is {found}, declared {length} counts")
+    if type(value) is not list or len(value) != length:
+        raise _refusal(
+            f"the metric {name!r} is not a list of {length} counts, as declared",
+            found=f"{type(value).__name__} {value!r}",
+        )
     for item in value:
-        if type(item) is not int or item < 0:
-            raise EgressError(f"not sent: the metric {name!r} holds {item!r}, not a count")
+        _check_whole(name, item)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    # Bounded, since a number without bounds can hold a whole sample.
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise _refusal(
+            f"the metric {name!r} is not a whole number from 0 to 2**53", found=repr(value)
+        )
+
+
+def _refusal(reason: str, *, found: str = "") -> EgressError:
+    error = EgressError(f"not sent: {reason}")
+    if found:
+        error.add_note(f"found: {found[:_LONGEST_NOTE]}")
+    return error
+
+
+def _listed(names: Iterable[str], limit: int = 8) -> str:
+    found = list(names)
+    more = f", ... ({len(found)} in all)" if len(found) > limit else ""
+    return (", ".join(found[:limit]) or "none") + more

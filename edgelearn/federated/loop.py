@@ -251,9 +251,7 @@ class RoundLoop:
         if int(wire.metrics_of(reply).get("num-examples", 0)) == 0:
             return Outcome.IDLE, "", reply
         content = RecordDict(dict(reply.content))
-        content[next(iter(reply.content.array_records))] = wire.as_local(
-            self.layout, params, delta
-        )
+        content[next(iter(reply.content.array_records))] = wire.as_local(self.layout, params, delta)
         reply.content = content
         return Outcome.OK, "", reply
 
@@ -441,7 +439,7 @@ class _Hook:
             raise RunError(f"{self._what} raised {type(error).__name__}: {error}") from error
 
 
-_OUTCOMES = {
+_OUTCOMES: dict[int, Outcome] = {
     compat.ErrorCode.EXPIRED: Outcome.LATE,
     compat.ErrorCode.REPLY_EXPIRED: Outcome.LATE,
     compat.ErrorCode.NODE_UNAVAILABLE: Outcome.OFFLINE,

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +72,18 @@ def arrays_of(message: Message) -> ArrayRecord:
     return records[0]
 
 
+def number_in(config: ConfigRecord, key: str, default: float) -> float:
+    """Return a number from an instruction's config.
+
+    Raises:
+        StateError: If there is something else under the key.
+    """
+    value = config.get(key, default)
+    if not isinstance(value, int | float):
+        raise StateError(f"the instruction's {key!r} is {value!r}, not a number")
+    return value
+
+
 def check_digest(config: ConfigRecord, digest: str, device: int) -> None:
     """Refuse a server that runs another scenario.
 
@@ -82,14 +93,12 @@ def check_digest(config: ConfigRecord, digest: str, device: int) -> None:
     theirs = config.get("edgelearn-digest", digest)
     if theirs != digest:
         raise StateError(
-            f"device {device} has the scenario {digest}, the server runs {theirs}; "
+            f"device {device} has the scenario {digest}, the server runs {theirs!r}; "
             "give both the same file"
         )
 
 
-def reply_content(
-    metrics: Mapping[str, Any], arrays: ArrayRecord | None = None
-) -> RecordDict:
+def reply_content(metrics: Mapping[str, Any], arrays: ArrayRecord | None = None) -> RecordDict:
     """Return the content of a reply."""
     content = RecordDict({METRICS: MetricRecord(dict(metrics))})
     if arrays is not None:
@@ -111,8 +120,3 @@ def num_bytes(content: RecordDict) -> int:
 def as_local(layout: Layout, params: Tensor, delta: Tensor) -> ArrayRecord:
     """Return global + delta as the named arrays that Flower strategies aggregate."""
     return encode_params(layout, params + delta)
-
-
-def as_float(value: Any) -> float:
-    """Return a metric as a float."""
-    return float(np.asarray(value))

@@ -24,7 +24,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelearn.continual.metrics import ContinualScores, Matrix, Spread, scores, spread
+from edgelearn.continual.metrics import (
+    ContinualScores,
+    Matrix,
+    Spread,
+    forgetting,
+    scores,
+    spread,
+)
 from edgelearn.errors import StateError
 
 Model = Literal["served", "float"]
@@ -180,14 +187,8 @@ class RunRecord:
 
     def device_forgetting(self, model: Model = "served") -> Spread:
         """Return how forgetting is spread over devices, each in its own order."""
-        return spread(
-            np.array(
-                [
-                    scores(matrix, np.full(len(matrix), np.nan)).forgetting
-                    for matrix in self.device_matrices(model).values()
-                ]
-            )
-        )
+        values = [forgetting(matrix) for matrix in self.device_matrices(model).values()]
+        return spread(np.array(values), is_higher_better=False)
 
     def final_by_device(self, model: Model = "served") -> NDArray[np.float64]:
         """Return each device's final accuracy over all of its test samples."""

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
 from edgelearn import plugins
-from edgelearn.continual.strategy import argument_faults
 from edgelearn.errors import Fault, ScenarioError, StateError, nearest
 from edgelearn.scenario.spec import Scenario
 
@@ -53,7 +52,7 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
     if not (isinstance(kind, type) and issubclass(kind, Strategy)):
         message = f"{reference} is not a subclass of flwr.serverapp.strategy.Strategy"
         raise ScenarioError(scenario.name, [Fault("server", "strategy", message)])
-    if faults := argument_faults(kind, arguments, "server.args"):
+    if faults := plugins.argument_faults(kind, arguments, "server.args"):
         raise ScenarioError(scenario.name, faults)
     parameters = inspect.signature(kind).parameters
     for name, value in _cohort_arguments(scenario).items():

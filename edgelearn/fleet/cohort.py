@@ -67,9 +67,9 @@ class CohortExecutor:
         device = message.metadata.dst_node_id - 1
         wire.check_digest(config, self._world.scenario.digest, device)
         phase = _PHASES[message.metadata.message_type]
-        server_round = int(config.get("server-round", 1))
+        server_round = int(wire.number_in(config, "server-round", 1))
         default = self._world.stream.position(max(server_round, 1))
-        position = int(config.get("position", default))
+        position = int(wire.number_in(config, "position", default))
         read_slot, write_slot = self._store.slots(device)
         return Job(
             row=row,
@@ -81,7 +81,7 @@ class CohortExecutor:
             write_slot=write_slot,
             cost=len(self._world.train_samples(device, position)),
             serial=self._serial,
-            proximal_mu=float(config.get("proximal-mu", 0.0)),
+            proximal_mu=wire.number_in(config, "proximal-mu", 0.0),
         )
 
     def _deliver(

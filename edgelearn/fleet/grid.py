@@ -16,7 +16,14 @@ import edgelearn.federated._flwr_compat as compat
 from edgelearn.errors import RunError
 from edgelearn.seeds import derive
 
-from flwr.app import Error, Message, RecordDict  # isort: skip
+from flwr.app import (  # isort: skip
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid  # isort: skip
 
 
@@ -160,7 +167,15 @@ def fork(content: RecordDict) -> RecordDict:
     Flower's strategies send ONE RecordDict to all nodes: in one process, a client that writes into
     it would change what the next one receives.
     """
-    return RecordDict({key: type(record)(dict(record)) for key, record in content.items()})
+    out = RecordDict()
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            out[key] = ArrayRecord(dict(record))
+        elif isinstance(record, MetricRecord):
+            out[key] = MetricRecord(dict(record))
+        else:
+            out[key] = ConfigRecord(dict(record))
+    return out
 
 
 def app_executor(
@@ -195,7 +210,7 @@ def app_executor(
             )
             try:
                 reply = client_app(message=own, context=trial)
-            except Exception as error:  # noqa: BLE001 - reported as Flower reports it
+            except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 deliveries.append(Delivery(Error(compat.ErrorCode.RAISED, reason)))
                 continue

@@ -84,7 +84,7 @@ def forward_flops(world: World) -> float:
     def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:
         nonlocal total
         weight = layer.weight
-        assert isinstance(weight, Tensor)  # noqa: S101 - for the type checker
+        assert isinstance(weight, Tensor)
         total += 2.0 * weight.numel() * output.numel() / len(weight)
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

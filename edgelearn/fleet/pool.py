@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.multiprocessing  # noqa: F401 - teaches pickle to share tensors
+import torch.multiprocessing
 from torch import Tensor
 
 from edgelearn.errors import RunError
 from edgelearn.fleet.jobs import Done, Job, Phase
 from edgelearn.fleet.workbench import Workbench
-from edgelearn.scenario.samples import SharedSamples
 from edgelearn.scenario.world import World
 
 _PRELOAD = ["torch", "edgelearn.fleet.workbench"]
@@ -52,10 +51,11 @@ class PoolEngine:
             cohort: Devices that can send an update in one call of `run`.
         """
         size = world.model().layout.size
-        self._params = torch.zeros(size).share_memory_()
-        self._updates = torch.zeros(cohort, size).share_memory_()
-        for samples in (world.train, world.test):
-            _share(samples)
+        self._params = torch.zeros(size)
+        self._updates = torch.zeros(cohort, size)
+        samples = (world.train.x, world.train.y, world.test.x, world.test.y)
+        for tensor in (self._params, self._updates, *samples):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
         self._arguments = (world, store_path, self._params, self._updates)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
@@ -159,11 +159,6 @@ class PoolEngine:
         return _Worker(process, ours, [])
 
 
-def _share(samples: SharedSamples) -> None:
-    for tensor in (samples.x, samples.y):
-        tensor.share_memory_()
-
-
 def _work(
     pipe: Connection, world: World, store_path: Path, params: Tensor, updates: Tensor
 ) -> None:
@@ -171,7 +166,7 @@ def _work(
     torch.set_num_threads(1)
     try:
         bench = Workbench(world, store_path)
-    except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
+    except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         return
     pipe.send(None)

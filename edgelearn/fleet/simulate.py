@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,31 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-import edgelearn
 import edgelearn.federated._flwr_compat as compat
 from edgelearn.device.fleet_store import FleetStore
-from edgelearn.device.learner import Learner
+from edgelearn.device.learner import Learner, make_learner
 from edgelearn.device.profile import Profile, assign
-from edgelearn.errors import Fault, RunError, ScenarioError, StateError
+from edgelearn.errors import Fault, RunError, ScenarioError
+from edgelearn.federated import rundir
 from edgelearn.federated.checkpoint import Checkpoint
 from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
-from edgelearn.federated.record import Line, RunRecord
+from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
-from edgelearn.files import write_atomic
 from edgelearn.fleet.cohort import CohortExecutor
 from edgelearn.fleet.grid import FleetGrid
 from edgelearn.fleet.jobs import Engine
 from edgelearn.fleet.plan import Plan, make_plan
 from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
-from edgelearn.fleet.workbench import make_learner
 from edgelearn.params import Layout
-from edgelearn.runtime.protocol import make_runtime
-from edgelearn.scenario.load import load, to_toml
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World, build
 from edgelearn.seeds import numpy_generator
@@ -85,9 +77,7 @@ def simulate(
     if directory.exists() and any(directory.iterdir()):
         raise RunError(f"{directory} is not empty; to go on with the run in it, resume it")
     world = build(scenario)  # before anything is written: faults leave nothing behind
-    directory.mkdir(parents=True, exist_ok=True)
-    text = f"# edgelearn {edgelearn.__version__}, digest {scenario.digest}\n{to_toml(scenario)}"
-    write_atomic(directory / "scenario.toml", text.encode())
+    rundir.begin(directory, scenario)
     return _run_in(directory, scenario, world, options, None)
 
 
@@ -106,20 +96,9 @@ def resume(
         RunError: If the run can't go on.
     """
     directory = Path(directory)
-    if not (directory / "scenario.toml").is_file():
-        raise StateError(f"{directory / 'scenario.toml'}: there is no run here")
-    scenario = load(directory / "scenario.toml")
-    first = (directory / "scenario.toml").read_text(encoding="utf-8").partition("\n")[0]
-    if not first.endswith(f"digest {scenario.digest}"):
-        raise StateError(
-            f"{directory / 'scenario.toml'}: was changed since the run began ({first.lstrip('# ')}; "
-            f"its digest is now {scenario.digest})"
-        )
-    record_path = directory / "record.jsonl"
-    if (directory / "model.safetensors").is_file() and record_path.is_file():
-        record = RunRecord.read(directory)
-        if record.is_complete:
-            return record
+    scenario = rundir.scenario_of(directory)
+    if (record := rundir.finished(directory)) is not None:
+        return record
     options = _Options(engine, num_workers, on_round, checkpoint_every_s)
     checkpoint = FileJournal(directory).resume()
     return _run_in(directory, scenario, build(scenario), options, checkpoint)
@@ -150,9 +129,7 @@ def _run_in(
 ) -> RunRecord:
     journal = FileJournal(directory)
     params, record = _run(scenario, journal, directory, options, checkpoint, world)
-    layout = world.model().layout
-    tensors = {name: view.contiguous() for name, view in layout.views(params).items()}
-    write_atomic(directory / "model.safetensors", save(tensors))
+    rundir.write_model(directory, world.model().layout, params)
     return record
 
 
@@ -164,7 +141,7 @@ def _run(
     checkpoint: Checkpoint | None,
     world: World | None = None,
 ) -> tuple[Tensor, RunRecord]:
-    started, cpu = time.perf_counter(), _cpu_s()
+    started, cpu = time.perf_counter(), rundir.cpu_s()
     compat.quieten()
     world = world or build(scenario)
     learner = make_learner(world)
@@ -180,7 +157,7 @@ def _run(
     )
     with _engine(world, store, plan) as engine:
         if checkpoint is None:
-            journal.append(run_line(scenario, world, learner, engine_of(plan)))
+            journal.append(rundir.run_line(scenario, world, learner, engine_of(plan)))
         fleet = SimulatedFleet(world, engine, store, profiles, learner.model.layout, plan)
         loop = RoundLoop(
             scenario=scenario,
@@ -194,17 +171,8 @@ def _run(
             checkpoint_every_s=options.checkpoint_every_s,
         )
         params = loop.run(learner.model.initial(), checkpoint)
-    up, down = loop.totals()
-    journal.append(
-        {
-            "kind": "end",
-            "rounds": scenario.num_rounds,
-            "bytes_up": up,
-            "bytes_down": down,
-            "wall_s": time.perf_counter() - started,
-            "cpu_s": _cpu_s() - cpu,
-        }
-    )
+    wall_s, used_s = time.perf_counter() - started, rundir.cpu_s() - cpu
+    journal.append(rundir.end_line(scenario, loop.totals(), wall_s=wall_s, cpu_s=used_s))
     return params, journal.record()
 
 
@@ -243,9 +211,7 @@ class SimulatedFleet:
             RunError: If they stay too few.
         """
         for attempt in range(_MAX_WAITS):
-            generator = numpy_generator(
-                self._scenario.seed, "availability", server_round, attempt
-            )
+            generator = numpy_generator(self._scenario.seed, "availability", server_round, attempt)
             reachable = generator.random(len(self._availability)) < self._availability
             if reachable.sum() >= min_devices:
                 self.grid.available = [int(d) for d in np.flatnonzero(reachable)]
@@ -302,49 +268,6 @@ def engine_of(plan: Plan) -> dict[str, Any]:
     return {"tier": plan.tier, "workers": plan.num_workers, "reason": plan.reason}
 
 
-def run_line(
-    scenario: Scenario, world: World, learner: Learner, engine: Mapping[str, Any]
-) -> Line:
-    """Return the first line of a record."""
-    stream, layout = world.stream, learner.model.layout
-    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
-    learner.model.module.eval()
-    prepared = runtime.prepare(learner.model, learner.model.initial())
-    orders = None
-    if scenario.stream.order != "shared":
-        orders = [list(stream.order(d)) for d in range(scenario.fleet.num_devices)]
-    return {
-        "kind": "run",
-        "edgelearn": edgelearn.__version__,
-        "scenario": scenario.name,
-        "title": scenario.title,
-        "digest": scenario.digest,
-        "seed": scenario.seed,
-        "versions": versions(),
-        "num_devices": scenario.fleet.num_devices,
-        "num_experiences": stream.num_experiences,
-        "rounds_per_experience": scenario.stream.rounds_per_experience,
-        "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
-        "orders": orders,
-        "num_parameters": layout.size,
-        "model_bytes": {
-            "float": 4 * layout.size,
-            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
-        },
-        "memory_bytes_per_device": learner.memory_bytes,
-        "client": scenario.client.strategy,
-        "server": scenario.server.strategy,
-        "runtime": scenario.runtime.name,
-        "engine": dict(engine),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "flwr", "numpy")}
-    return {"python": platform.python_version(), **found}
-
-
 def _check_budgets(learner: Learner, profiles: Sequence[Profile], scenario: Scenario) -> None:
     """Refuse a scenario whose learning does not fit a device's memory."""
     # Parameters, gradients and the float copy in service; the strategy's memory; one batch.
@@ -357,11 +280,3 @@ def _check_budgets(learner: Learner, profiles: Sequence[Profile], scenario: Scen
                 f"{scenario.client.strategy!r}), {profile.name} has {profile.memory_mib:g} MiB"
             )
             raise ScenarioError(scenario.name, [Fault("fleet.profiles", profile.name, message)])
-
-
-def _cpu_s() -> float:
-    used = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
-        used += usage.ru_utime + usage.ru_stime
-    return used

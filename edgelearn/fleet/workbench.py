@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgelearn.continual.strategy import Facts, make_strategy
 from edgelearn.device.evaluate import evaluate
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
-from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.device.learner import DeviceState, make_learner
 from edgelearn.federated import egress
 from edgelearn.fleet.jobs import Done, Job, Phase
 from edgelearn.runtime.protocol import Prepared, make_runtime
@@ -39,18 +38,6 @@ class SimulatedData:
     def samples(self, position: int) -> Samples:
         """Return its training samples of that experience."""
         return self.world.train_samples(self.device, position)
-
-
-def make_learner(world: World) -> Learner:
-    """Build the learner of a scenario: network, client strategy and what they may know."""
-    spec = world.scenario.client
-    return Learner(
-        model=world.model(),
-        strategy=make_strategy(spec.strategy, spec.args),
-        spec=spec,
-        facts=Facts(world.stream.num_experiences, world.num_classes, world.train.sample_bytes),
-        seed=world.scenario.seed,
-    )
 
 
 class Workbench:
@@ -81,7 +68,7 @@ class Workbench:
         """
         try:
             return self._perform(job, params, update)
-        except Exception as error:  # noqa: BLE001 - plug-ins may raise anything; it is reported
+        except Exception as error:
             return Done(job.row, error=f"{type(error).__name__}: {error}")
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
@@ -132,9 +119,7 @@ class Workbench:
             for experience_id in range(self._world.stream.num_experiences)
         ]
         with torch.no_grad():
-            counts = evaluate(
-                self._learner.model, params, self._prepared[1], calibration, tests
-            )
+            counts = evaluate(self._learner.model, params, self._prepared[1], calibration, tests)
         return {
             "num-examples": sum(counts.count),
             "model-bytes": counts.model_bytes,

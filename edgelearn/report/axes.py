@@ -5,6 +5,7 @@ All of these are called inside `theme.look`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,11 +21,20 @@ if TYPE_CHECKING:
 
     from edgelearn.federated.record import RunRecord
 
-End = tuple[float, float, str, str]  # x, y, text, colour
 _MOST_DOTS = 400  # devices, beyond which a line says more
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """The last value of a line, what is written beside it, and the line's colour."""
+
+    y: float
+    text: str
+    color: str
+
+
 def percent_axis(axes: Axes, limits: tuple[float, float] | None = None) -> None:
+    """Write ratios as percentages on the vertical axis, with a grid; limits are ratios."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.grid(axis="y")
@@ -66,13 +76,12 @@ def label_ends(axes: Axes, ends: Sequence[End], *, heading: str = "") -> None:
     height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
     size = 8.5 if len(ends) <= 14 else 6.5
     gap = min(1.35 * size / height_pt, 1 / max(1, len(ends) - 1)) * (high - low)
-    order = sorted(range(len(ends)), key=lambda k: ends[k][1])
-    places = _moved_apart([ends[k][1] for k in order], gap, low, high)
-    for k, y in zip(order, places, strict=True):
-        text, c = ends[k][2:]
+    ends = sorted(ends, key=lambda end: end.y)
+    places = _moved_apart([end.y for end in ends], gap, low, high)
+    for end, y in zip(ends, places, strict=True):
         axes.annotate(
-            text, (right, y), (6, 0), textcoords="offset points", va="center_baseline",
-            color=c, size=size, annotation_clip=False,
+            end.text, (right, y), (6, 0), textcoords="offset points", va="center_baseline",
+            color=end.color, size=size, annotation_clip=False,
         )  # fmt: skip
     if heading:
         axes.annotate(
@@ -95,6 +104,7 @@ def _moved_apart(values: Sequence[float], gap: float, low: float, high: float) -
 
 
 def draw_sorted(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Draw a value of each device, given worst first, with the mean and the worst tenth."""
     if len(values) == 0:
         say_if_empty(axes, is_empty=True)
         return

@@ -104,10 +104,10 @@ def draw_seen_average(record: RunRecord) -> Figure:
         for model in reversed(results.MODELS):  # the served model on top
             rounds, means = results.seen_average(record, model)
             axes.plot(rounds, means, c=color(model), **_markers(rounds, 3.2))
-            if len(rounds):
-                name = _model_name(record, model)
-                text = f"{name} {formats.percent(means[-1])}"
-                ends.append((float(rounds[-1]), float(means[-1]), text, color(model)))
+            known = means[~np.isnan(means)]
+            if len(known):
+                text = f"{_model_name(record, model)} {formats.percent(known[-1])}"
+                ends.append(End(float(known[-1]), text, color(model)))
         mark_boundaries(axes, record, name="")
         percent_axis(axes)
         axes.set_xlabel("round")
@@ -137,7 +137,7 @@ def draw_experiences(record: RunRecord) -> Figure:
             axes.plot(x[learned], y[learned], c=c, lw=1.7, ls=dashes, **_markers(rounds, 3))
             if len(x):
                 label = f"{e} ({formats.classes(record.run['classes'][e])})"
-                ends.append((float(x[-1]), float(y[-1]), label, c))
+                ends.append(End(float(y[-1]), label, c))
         mark_boundaries(axes, record, name="experience" if record.run["orders"] is None else "step")
         percent_axis(axes, (-0.03, 1.03))
         axes.set_xlabel("round")
@@ -166,26 +166,23 @@ def draw_devices(record: RunRecord) -> Figure:
 
 def draw_bytes(record: RunRecord) -> Figure:
     """Draw the bytes that crossed the wire so far, up and down, over rounds."""
+    totals = {way: results.cumulative_bytes(record, way) for way in results.DIRECTIONS}
+    divisor, unit = formats.size_unit(max(float(total[-1]) for _, total in totals.values()))
     figure = new_figure(width=_NARROW, height=_LOW)
     with look():
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-
         axes = figure.subplots()
         ends: list[End] = []
-        for direction in results.DIRECTIONS:
-            rounds, total = results.cumulative_bytes(record, direction)
-            c = color(direction)
-            axes.plot(rounds, total, c=c)
-            axes.fill_between(rounds, total, color=c, alpha=0.07, lw=0)
-            text = f"{direction} {formats.size(float(total[-1]))}"
-            ends.append((float(rounds[-1]), float(total[-1]), text, c))
+        for way, (rounds, total) in totals.items():
+            y, c = total / divisor, color(way)
+            axes.plot(rounds, y, c=c)
+            axes.fill_between(rounds, y, color=c, alpha=0.07, lw=0)
+            ends.append(End(float(y[-1]), f"{way} {formats.size(float(total[-1]))}", c))
         mark_boundaries(axes, record, name="")
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formats.round_size(value)))
+        axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.set_xlabel("round")
-        axes.set_ylabel("bytes so far, all devices")
+        axes.set_ylabel(f"{unit} so far, all devices")
         label_ends(axes, ends)
         say_if_empty(axes, is_empty=not record.rounds)
     return figure

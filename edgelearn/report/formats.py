@@ -37,32 +37,27 @@ def points(value: float, *, signed: bool = True) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Return a number of bytes in decimal units.
+    """Return a number of bytes, in powers of 1024.
 
     Example:
-        >>> size(812), size(19240), size(1.5e9)
-        ('812 B', '19.2 kB', '1.50 GB')
+        >>> size(812), size(19240), size(1.5 * 2**30)
+        ('812 B', '18.8 KiB', '1.5 GiB')
     """
     if math.isnan(num_bytes):
         return UNKNOWN
-    if num_bytes < 999.5:
-        return f"{num_bytes:.0f} B"
-    power = next((p for p in (1, 2, 3) if num_bytes < 999.5 * 1000**p), 4)
-    value = num_bytes / 1000**power
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+    divisor, unit = size_unit(num_bytes)
+    return f"{num_bytes / divisor:.{int(divisor > 1)}f} {unit}"
 
 
-def round_size(num_bytes: float) -> str:
-    """Return a round number of bytes, as on an axis.
+def size_unit(num_bytes: float) -> tuple[int, str]:
+    """Return the unit for a number of bytes: what to divide by, and its name.
 
     Example:
-        >>> round_size(0), round_size(500_000), round_size(2e7)
-        ('0', '500 kB', '20 MB')
+        >>> size_unit(19240)
+        (1024, 'KiB')
     """
-    power = min(4, max(0, math.floor(math.log10(num_bytes) / 3 + 1e-9))) if num_bytes > 0 else 0
-    text = f"{num_bytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-    return text if num_bytes else "0"
+    power = next((p for p in range(4) if abs(num_bytes) < 1023.95 * 1024**p), 4)
+    return 1024**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
 
 
 def duration(seconds: float) -> str:

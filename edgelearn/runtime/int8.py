@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from edgelearn.compress.quantize import activation_scale, quantize_weight
 from edgelearn.params import FlatModel
 
 Layer = nn.Linear | nn.Conv2d
@@ -41,6 +42,10 @@ class _QuantizedLayer(nn.Module):
         if isinstance(layer, nn.Conv2d):
             self.stride, self.padding = layer.stride, layer.padding
             self.dilation, self.groups = layer.dilation, layer.groups
+            self.border: tuple[list[int], str] | None = None
+            if layer.padding_mode != "zeros":  # padded with inputs, as torch does it
+                self.border = (layer._reversed_padding_repeated_twice, layer.padding_mode)
+                self.padding = (0, 0)
             fan_in = layer.weight[0].numel()
         else:
             fan_in = layer.in_features
@@ -73,33 +78,16 @@ class _QuantizedLayer(nn.Module):
         codes = self.codes.to(self.accumulator)
         centred = centred.to(self.accumulator)
         if self.is_conv:
+            if self.border is not None:
+                centred = F.pad(centred, self.border[0], mode=self.border[1])
             total = F.conv2d(
                 centred, codes, None, self.stride, self.padding, self.dilation, self.groups
             )
         else:
             total = F.linear(centred, codes)
-        unit = step * self.scale.view(channel)
-        bias = torch.round(self.bias.view(channel) / unit)
-        return ((total + bias) * unit).to(torch.float32)
-
-
-def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return step and zero point of unsigned 8-bit codes for a range; 0 is always exact."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
-    return step, torch.round(-low / step).clamp(0, 255)
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a weight [out, ...] symmetrically per output channel.
-
-    Returns:
-        Codes [out, ...], int8, and scales [out], float32; |w - codes * scale| <= scale / 2.
-    """
-    peak = weight.reshape(len(weight), -1).abs().amax(1)
-    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    ratio = weight / scale.view(-1, *[1] * (weight.dim() - 1))
-    return torch.round(ratio).clamp(-127, 127).to(torch.int8), scale
+        unit = step.double() * self.scale.double().view(channel)
+        bias = torch.round(self.bias.double().view(channel) / unit).clamp(-(2**31), 2**31 - 1)
+        return ((total.double() + bias) * unit).to(torch.float32)
 
 
 @final
@@ -131,19 +119,23 @@ class Int8Prepared:
         self._model, self._params = model, params.clone()
         self._skeleton, self._layers = skeleton, layers
         views = model.layout.views(self._params)
+        stored = _stored_names(model.module)
         tensors: dict[str, Tensor] = {}
-        num_bytes = 0
+        num_bytes, quantized = 0, set()
         for name in layers:
             prefix = f"{name}." if name else ""
-            codes, scale = quantize_weight(views.pop(f"{prefix}weight"))
-            bias = views.pop(f"{prefix}bias", None)
+            weight_name, bias_name = stored[f"{prefix}weight"], stored.get(f"{prefix}bias")
+            codes, scale = quantize_weight(views[weight_name])
+            bias = None if bias_name is None else views[bias_name]
+            quantized |= {weight_name, bias_name}
             tensors[f"{prefix}codes"], tensors[f"{prefix}scale"] = codes, scale
             tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
             # codes, scales, 32-bit biases, and scale and zero point of the activations
             num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
-        tensors.update(views)
+        kept = {name: view for name, view in views.items() if name not in quantized}
+        tensors.update(kept)
         self._tensors = tensors
-        self._model_bytes = num_bytes + sum(4 * view.numel() for view in views.values())
+        self._model_bytes = num_bytes + sum(4 * view.numel() for view in kept.values())
 
     def calibrated(self, calibration: Tensor) -> Int8Predictor:
         """Observe the range of each layer's input (minimum and maximum) on own inputs."""
@@ -153,6 +145,7 @@ class Int8Prepared:
                 layer.register_forward_pre_hook(_observer(name, ranges))
                 for name, layer in self._layers.items()
             ]
+            self._model.module.eval()
             try:
                 self._model(self._params, calibration)
             finally:
@@ -186,7 +179,7 @@ class Int8Runtime:
         layers = {
             name: module
             for name, module in model.module.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            if isinstance(module, nn.Linear | nn.Conv2d) and _is_quantized(module)
         }
         skeleton = self._skeletons.get(model.module)
         if skeleton is None:
@@ -195,12 +188,28 @@ class Int8Runtime:
         return Int8Prepared(model, params, skeleton, layers)
 
 
+def _is_quantized(module: nn.Module) -> bool:
+    # A subclass may do something else with its weight: it stays float.
+    return type(module) in (nn.Linear, nn.Conv2d)
+
+
+def _stored_names(module: nn.Module) -> dict[str, str]:
+    """Return for each parameter its name in the layout: the first of those that share it."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
 def _skeleton(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d) and _is_quantized(module):
         return _QuantizedLayer(module).eval()
     skeleton = copy.deepcopy(module).eval()
-    for name, layer in list(skeleton.named_modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+    made: dict[int, _QuantizedLayer] = {}
+    for name, layer in list(skeleton.named_modules(remove_duplicate=False)):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and _is_quantized(layer):
             owner, _, leaf = name.rpartition(".")
-            setattr(skeleton.get_submodule(owner), leaf, _QuantizedLayer(layer))
+            quantized = made.setdefault(id(layer), _QuantizedLayer(layer))
+            setattr(skeleton.get_submodule(owner), leaf, quantized)
     return skeleton

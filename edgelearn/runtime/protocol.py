@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edgelearn import plugins
-from edgelearn.continual.strategy import argument_faults
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 
@@ -51,7 +50,7 @@ def make_runtime(reference: str, arguments: Mapping[str, Any]) -> Runtime:
         ScenarioError: If it does not take the arguments.
     """
     found = plugins.resolve(reference, plugins.RUNTIMES)
-    if faults := argument_faults(found, arguments, "runtime.args"):
+    if faults := plugins.argument_faults(found, arguments, "runtime.args"):
         raise ScenarioError(reference, faults)
     try:
         runtime: Runtime = found(**arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -172,10 +173,10 @@ def _check_reference(value: str, group: str, fault: Any) -> Any:
         return value
     place = value.rpartition(":")[0]
     if place.endswith(".py"):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            return fault(f"no file {path.resolve()}")
-        return f"{path.resolve()}:{value.rpartition(':')[2]}"
+        try:
+            return f"{plugins.find_file(place)}:{value.rpartition(':')[2]}"
+        except PluginError as error:
+            return fault(str(error))
     return value
 
 
@@ -285,9 +286,10 @@ def find(source: str | Path) -> Path:
     Raises:
         ScenarioError: If there is none, naming the nearest.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # what can't be a path is a name
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path
     known = built_in()
     if str(source) in known:
         return known[str(source)]

@@ -56,7 +56,9 @@ def test_wrong_usage_is_2_and_one_clear_error(tmp_path: Path) -> None:
     assert "did you mean 'replay'?" in done.stderr
     done = edgelearn("run", "split-digits", "--set", "client.args.capacty=3", cwd=tmp_path, code=2)
     assert "did you mean 'capacity'?" in done.stderr
-    done = edgelearn("run", "split-digits", "--set", "server.strategy=FedAvgg", cwd=tmp_path, code=2)
+    done = edgelearn(
+        "run", "split-digits", "--set", "server.strategy=FedAvgg", cwd=tmp_path, code=2
+    )
     assert "did you mean 'FedAvg'?" in done.stderr
     assert not list(tmp_path.iterdir())
     assert "Traceback" not in done.stderr
@@ -104,7 +106,11 @@ def test_new_check_and_run_a_strategy_of_ones_own(tmp_path: Path) -> None:
     edgelearn("check", reference, cwd=tmp_path)
     edgelearn("run", "split-digits", *SMALL, "--client", reference, "--out", "out", cwd=tmp_path)
     edgelearn("new", "strategy", "my-strategy", cwd=tmp_path, code=1)  # never overwritten
-    file.write_text(file.read_text().replace("def loss(", "def loss(self, *_):\n        return 1\n\n    def other("))
+    file.write_text(
+        file.read_text().replace(
+            "def loss(", "def loss(self, *_):\n        return 1\n\n    def other("
+        )
+    )
     edgelearn("check", reference, cwd=tmp_path, code=1)
 
 

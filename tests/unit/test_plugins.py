@@ -87,6 +87,12 @@ def test_a_missing_file(tmp_path):
         plugins.resolve(f"{tmp_path}/nowhere.py:X", plugins.MODELS)
 
 
+@pytest.mark.parametrize("place", ["~nobody-here/x.py", "a\0b.py", "a" * 5000 + ".py"])
+def test_what_can_be_no_path(place):
+    with pytest.raises(PluginError, match="no file"):
+        plugins.resolve(f"{place}:X", plugins.MODELS)
+
+
 def test_a_missing_attribute_gives_the_nearest(tmp_path):
     path = write(tmp_path / "mine.py", "class StayClose:\n    pass\n")
     with pytest.raises(PluginError, match="has no 'StayClosed' .did you mean 'StayClose'"):

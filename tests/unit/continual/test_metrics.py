@@ -127,6 +127,14 @@ def test_the_worst_decile(count, tenth):
     assert spread(values).worst_decile == pytest.approx(np.arange(tenth).mean())
 
 
+def test_the_worst_is_the_highest_of_what_should_be_low():
+    values = np.array([0.3, nan, 0.1, 0.2])
+    found = spread(values, is_higher_better=False)
+    assert (found.worst, found.worst_decile, found.best) == (0.3, 0.3, 0.1)
+    assert found.mean == pytest.approx(spread(values).mean)
+    assert found.std == pytest.approx(spread(values).std)
+
+
 def test_the_spread_of_nothing():
     for values in (np.array([]), np.array([nan, nan])):
         found = spread(values)

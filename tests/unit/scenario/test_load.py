@@ -191,6 +191,8 @@ def test_everything_is_missing():
         ("data", "download", 1, "expected true or false, got 1"),
         ("model", "name", "mlpp", "unknown name 'mlpp' (did you mean 'mlp'?)"),
         ("model", "name", "nowhere.py:net", "no file "),
+        ("model", "name", "~nobody-here/x.py:net", "no file "),
+        ("server", "strategy", "~nobody-here/x.py:net", "no file "),
         ("runtime", "name", "int9", "(did you mean 'int8'?)"),
         ("evaluate", "num_devices", 7, "got 7; at most 6 is allowed"),
         ("fleet", "cohort", 7, "got 7; at most 6 is allowed"),
@@ -427,6 +429,12 @@ def test_built_in_scenarios_load():
         assert scenario.name == name
         assert find(name) == path
         assert load(path) == scenario
+
+
+@pytest.mark.parametrize("source", ["~nobody-here/x", "a\0b", "a" * 5000, "", "."])
+def test_what_can_be_no_path_is_no_scenario(source):
+    with pytest.raises(ScenarioError, match="neither a file nor a built-in scenario"):
+        load(source)
 
 
 def test_an_unknown_scenario_gives_the_nearest():

@@ -1,0 +1,132 @@
+"""The run directory, alike in simulation and on a network: scenario, record's ends, final model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+import edgelearn
+from edgelearn.device.learner import Learner
+from edgelearn.errors import StateError
+from edgelearn.federated.record import Line, RunRecord
+from edgelearn.files import write_atomic
+from edgelearn.params import Layout
+from edgelearn.runtime.protocol import make_runtime
+from edgelearn.scenario.load import load, to_toml
+from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.world import World
+
+_SCENARIO, _MODEL = "scenario.toml", "model.safetensors"
+
+
+def begin(directory: Path, scenario: Scenario) -> None:
+    """Create a run directory and write the scenario into it, complete with defaults."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = f"# edgelearn {edgelearn.__version__}, digest {scenario.digest}\n{to_toml(scenario)}"
+    write_atomic(directory / _SCENARIO, text.encode())
+
+
+def scenario_of(directory: Path) -> Scenario:
+    """Return the scenario of the run in a directory.
+
+    Raises:
+        StateError: If there is no run, or the scenario was changed since it began.
+    """
+    path = directory / _SCENARIO
+    if not path.is_file():
+        raise StateError(f"{path}: there is no run here")
+    scenario = load(path)
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    if not first.endswith(f"digest {scenario.digest}"):
+        raise StateError(
+            f"{path}: was changed since the run began ({first.lstrip('# ')}; "
+            f"its digest is now {scenario.digest})"
+        )
+    return scenario
+
+
+def finished(directory: Path) -> RunRecord | None:
+    """Return the record of a run that has reached its end, else None."""
+    if not ((directory / _MODEL).is_file() and (directory / "record.jsonl").is_file()):
+        return None
+    record = RunRecord.read(directory)
+    return record if record.is_complete else None
+
+
+def write_model(directory: Path, layout: Layout, params: Tensor) -> None:
+    """Write the final global parameters [P] as named tensors."""
+    tensors = {name: view.contiguous() for name, view in layout.views(params).items()}
+    write_atomic(directory / _MODEL, save(tensors))
+
+
+def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping[str, Any]) -> Line:
+    """Return the first line of a record."""
+    stream, layout = world.stream, learner.model.layout
+    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
+    learner.model.module.eval()
+    prepared = runtime.prepare(learner.model, learner.model.initial())
+    orders = None
+    if scenario.stream.order != "shared":
+        orders = [list(stream.order(d)) for d in range(scenario.fleet.num_devices)]
+    return {
+        "kind": "run",
+        "edgelearn": edgelearn.__version__,
+        "scenario": scenario.name,
+        "title": scenario.title,
+        "digest": scenario.digest,
+        "seed": scenario.seed,
+        "versions": versions(),
+        "num_devices": scenario.fleet.num_devices,
+        "num_experiences": stream.num_experiences,
+        "rounds_per_experience": scenario.stream.rounds_per_experience,
+        "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
+        "orders": orders,
+        "num_parameters": layout.size,
+        "model_bytes": {
+            "float": 4 * layout.size,
+            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
+        },
+        "memory_bytes_per_device": learner.memory_bytes,
+        "client": scenario.client.strategy,
+        "server": scenario.server.strategy,
+        "runtime": scenario.runtime.name,
+        "engine": dict(engine),
+    }
+
+
+def end_line(
+    scenario: Scenario, totals: tuple[Sequence[int], Sequence[int]], *, wall_s: float, cpu_s: float
+) -> Line:
+    """Return the last line of a record; `totals` are bytes up and down by device."""
+    up, down = totals
+    return {
+        "kind": "end",
+        "rounds": scenario.num_rounds,
+        "bytes_up": list(up),
+        "bytes_down": list(down),
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "flwr", "numpy")}
+    return {"python": platform.python_version(), **found}
+
+
+def cpu_s() -> float:
+    """Return the processor seconds that this process and its ended children have used."""
+    used = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        used += usage.ru_utime + usage.ru_stime
+    return used
