@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
@@ -234,17 +236,14 @@ class Learner:
         proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
         local, carried = params.clone(), params.clone()
         model.carry(carried)  # apart from `local`, since a forward pass writes into it
-        # Whole numbers (batch norm's count of batches) are not sent, nor left to the next device.
-        counters = [b for b in model.module.buffers() if not b.is_floating_point()]
-        at_start = [counter.clone() for counter in counters]
         model.module.train()
         current = local[: model.layout.num_trained].requires_grad_()
         reference = params[: model.layout.num_trained]
         optimizer = _optimizer(spec, current)
         total, steps = 0.0, 0
         # Dropout and the like draw from torch's global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(generator.initial_seed(), "layers"))
+        layers = derive(generator.initial_seed(), "layers")
+        with _layers_seeded(layers), _counters_restored(model.module):
             for _ in range(spec.epochs):
                 order = torch.randperm(len(samples), generator=generator)
                 for positions in torch.split(order, spec.batch_size):
@@ -272,8 +271,6 @@ class Learner:
                             memory = strategy.after_step(before, current, gradients, memory)
                     total += float(loss.detach())
                     steps += 1
-        for counter, value in zip(counters, at_start, strict=True):
-            counter.copy_(value)
         local[model.layout.num_trained :] = carried[model.layout.num_trained :]
         return local.detach(), memory, total / steps if steps else 0.0, steps
 
@@ -288,6 +285,32 @@ def make_learner(world: World) -> Learner:
         facts=Facts(world.stream.num_experiences, world.num_classes, world.train.sample_bytes),
         seed=world.scenario.seed,
     )
+
+
+@contextlib.contextmanager
+def _counters_restored(module: nn.Module) -> Iterator[None]:
+    """Keep whole numbers of a module, such as batch norm's count of batches, from the next device.
+
+    They are not parameters: they are neither sent nor stored.
+    """
+    counters = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
+    values = [counter.clone() for counter in counters]
+    try:
+        yield
+    finally:
+        for counter, value in zip(counters, values, strict=True):
+            counter.copy_(value)
+
+
+@contextlib.contextmanager
+def _layers_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator, and restore it; `torch.manual_seed` itself costs 2 ms."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def _optimizer(spec: ClientSpec, params: Tensor) -> torch.optim.Optimizer | None:

@@ -41,6 +41,7 @@ class CohortExecutor:
         self._world, self._engine, self._store = world, engine, store
         self._profiles, self._layout = profiles, layout
         self._flops_per_sample = flops_per_sample
+        self._digest = world.scenario.digest
         self._serial = 0
 
     def __call__(self, instructions: Sequence[Message]) -> list[Delivery]:
@@ -65,7 +66,7 @@ class CohortExecutor:
     def _job(self, row: int, message: Message) -> Job:
         config = wire.config_of(message)
         device = message.metadata.dst_node_id - 1
-        wire.check_digest(config, self._world.scenario.digest, device)
+        wire.check_digest(config, self._digest, device)
         phase = _PHASES[message.metadata.message_type]
         server_round = int(wire.number_in(config, "server-round", 1))
         default = self._world.stream.position(max(server_round, 1))

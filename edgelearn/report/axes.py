@@ -51,19 +51,17 @@ def mark_boundaries(axes: Axes, record: RunRecord, *, name: str) -> None:
     spans = results.spans(record)
     for span in spans[1:]:
         axes.axvline(span.first - 0.5, c=color("rule"), lw=0.8, ls=(0, (2, 2)), zorder=0.5)
-    if name:
-        for span in spans:
-            share = (span.last - span.first + 1) / spans[-1].last
-            if share < 0.02:  # too narrow for a word
-                continue
+    last = spans[-1].last if spans else 1
+    for span in spans if name else ():
+        start, end = max(0.0, span.first - 0.5), min(float(last), span.last + 0.5)
+        share = (end - start) / last
+        if share >= 0.02:  # else too narrow even for a number
             text = f"{name} {span.position}" if share >= 0.1 else str(span.position)
-            middle = (span.first + span.last) / 2
             axes.annotate(
-                text, (middle, 1), (0, 4), xycoords=axes.get_xaxis_transform(),
+                text, ((start + end) / 2, 1), (0, 4), xycoords=axes.get_xaxis_transform(),
                 textcoords="offset points", ha="center", color=color("muted"), size=8,
             )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    last = spans[-1].last if spans else 1
     axes.set_xlim(-0.01 * last, last * 1.01)
 
 
@@ -75,9 +73,9 @@ def label_ends(axes: Axes, ends: Sequence[End], *, heading: str = "") -> None:
     right = axes.get_xlim()[1]
     height_pt = axes.get_window_extent().height * 72 / axes.figure.dpi
     size = 8.5 if len(ends) <= 14 else 6.5
-    gap = min(1.35 * size / height_pt, 1 / max(1, len(ends) - 1)) * (high - low)
+    gap = min(1.35 * size / height_pt, 1 / len(ends)) * (high - low)
     ends = sorted(ends, key=lambda end: end.y)
-    places = _moved_apart([end.y for end in ends], gap, low, high)
+    places = _moved_apart([end.y for end in ends], gap, low + gap / 4, high - gap / 2)
     for end, y in zip(ends, places, strict=True):
         axes.annotate(
             end.text, (right, y), (6, 0), textcoords="offset points", va="center_baseline",
@@ -92,15 +90,25 @@ def label_ends(axes: Axes, ends: Sequence[End], *, heading: str = "") -> None:
 
 
 def _moved_apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return sorted values moved apart by at least a gap, within limits."""
-    places: list[float] = []
+    """Return sorted values moved apart by at least a gap, each group around its own mean."""
+    groups: list[list[float]] = []
+    starts: list[float] = []
     for value in values:
-        places.append(max(value, places[-1] + gap) if places else max(value, low))
-    ceiling = high
-    for k in reversed(range(len(places))):
-        places[k] = min(places[k], ceiling)
-        ceiling = places[k] - gap
-    return places
+        group = [value]
+        while True:
+            length = (len(group) - 1) * gap
+            start = max(low, min(sum(group) / len(group) - length / 2, high - length))
+            if not groups or starts[-1] + len(groups[-1]) * gap <= start:
+                break
+            group = groups.pop() + group
+            starts.pop()
+        groups.append(group)
+        starts.append(start)
+    return [
+        start + k * gap
+        for start, group in zip(starts, groups, strict=True)
+        for k in range(len(group))
+    ]
 
 
 def draw_sorted(axes: Axes, values: NDArray[np.float64]) -> None:

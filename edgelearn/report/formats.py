@@ -64,7 +64,7 @@ def duration(seconds: float) -> str:
     """Return a duration.
 
     Example:
-        >>> duration(8.25), duration(125), duration(7_300)
+        >>> duration(8.25), duration(125), duration(7_320)
         ('8.2 s', '2 min 5 s', '2 h 2 min')
     """
     if math.isnan(seconds):

@@ -66,7 +66,7 @@ def key_numbers(record: RunRecord) -> str:
         (
             f"Model, {runtime}",
             formats.size(num_bytes["served"]),
-            f"float: {formats.size(num_bytes['float'])}, {smaller:.1f} times as much",
+            f"float: {formats.size(num_bytes['float'])}, {smaller:.1f}&times;",
         ),
     )
     cells = [
@@ -200,7 +200,8 @@ def provenance(record: RunRecord) -> str:
     command = f"edgelearn run {shlex.quote(str(run['scenario']))} --seed {run['seed']}"
     clock_s = record.rounds[-1]["clock_s"] if record.rounds else math.nan
     items = {
-        "Repeat it": f"<code>{escape(command)}</code>",
+        "Repeat it": f"<code>{escape(command)}</code><br><small>The same digest gives the same "
+        "bits. Settings that were overridden are in the scenario.toml of the run directory.</small>",
         "Scenario digest": f"<code>{escape(str(run['digest']))}</code>",
         "Seed": escape(str(run["seed"])),
         "Versions": escape(f"edgelearn {run['edgelearn']}, {versions}"),

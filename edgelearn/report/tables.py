@@ -219,7 +219,7 @@ class Comparison:
             pad_edge=False,
             padding=(0, 0, 0, 1),
             caption=(
-                "mean ± sample standard deviation over seeds. Of the served model, but float ACC: "
+                "mean ± sample standard deviation over n seeds. Of the served model, but float ACC: "
                 "average accuracy (ACC), average incremental accuracy (AIA) and worst tenth of "
                 "devices in %; forgetting (F), backward (BWT) and forward transfer (FWT) in "
                 "percentage points."
@@ -227,7 +227,7 @@ class Comparison:
             caption_justify="left",
         )
         table.add_column("strategy", overflow="fold", min_width=8)
-        table.add_column("seeds", justify="right")
+        table.add_column("n", justify="right")
         for metric in METRICS:
             table.add_column(metric.header, justify="right", no_wrap=True)
         for strategy in self.strategies:

@@ -76,6 +76,17 @@ class Stream:
         generator = numpy_generator(self.seed, "experience-order", device)
         return tuple(int(i) for i in generator.permutation(self.num_experiences))
 
+    def experience_id(self, device: int, position: int) -> int:
+        """Return which experience a device meets at a position of its stream."""
+        return position if self.spec.order == "shared" else self.order(device)[position]
+
+    def experience_of_label(self) -> NDArray[np.int64]:
+        """Return the experience in which each label occurs [C], where classes are split."""
+        table = np.zeros(self.num_classes, np.int64)
+        for experience_id in range(self.num_experiences):
+            table[list(self.classes(experience_id))] = experience_id
+        return table
+
     def position(self, server_round: int) -> int:
         """Return the position in the stream at a round (from 1)."""
         return (server_round - 1) // self.spec.rounds_per_experience
@@ -86,25 +97,8 @@ class Stream:
 
     def experience(self, device: int, position: int) -> Experience:
         """Return what a device meets at a position of its stream."""
-        experience_id = self.order(device)[position]
+        experience_id = self.experience_id(device, position)
         return Experience(position, experience_id, self.classes(experience_id))
-
-    def select(
-        self, indices: NDArray[np.int32], labels: NDArray[np.int64], experience_id: int
-    ) -> NDArray[np.int32]:
-        """Return the sample ids of one experience among a device's indices.
-
-        Args:
-            indices: The device's indices [n].
-            labels: Labels of the whole data set [N].
-            experience_id: Which experience.
-
-        Returns:
-            Sample ids, int32; in a domain-incremental stream domain * N + index.
-        """
-        if self.splits_classes:
-            return indices[np.isin(labels[indices], self.classes(experience_id))]
-        return (indices.astype(np.int64) + experience_id * len(labels)).astype(np.int32)
 
     def task_masks(self) -> Tensor | None:
         """Return the classes allowed beside each label [C, C], bool (task-incremental only)."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from edgelearn import plugins
 from edgelearn.errors import Fault, ScenarioError
@@ -34,8 +35,12 @@ class World:
     num_classes: int
 
     @cached_property
-    def _labels(self) -> tuple[Any, Any]:
-        return self.train.y.numpy(), self.test.y.numpy()
+    def _train_index(self) -> _Index:
+        return _Index.of(self.train_parts, self.train.y.numpy(), self.stream)
+
+    @cached_property
+    def _test_index(self) -> _Index:
+        return _Index.of(self.test_parts, self.test.y.numpy(), self.stream)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -44,14 +49,12 @@ class World:
 
     def train_samples(self, device: int, position: int) -> Samples:
         """Return the training samples that a device meets at a position of its stream."""
-        experience_id = self.stream.order(device)[position]
-        ids = self.stream.select(self.train_parts[device], self._labels[0], experience_id)
-        return Samples(self.train, torch.from_numpy(ids))
+        experience_id = self.stream.experience_id(device, position)
+        return Samples(self.train, self._train_index.ids(device, experience_id))
 
     def test_samples(self, device: int, experience_id: int) -> Samples:
         """Return a device's own test samples of an experience (by id, not position)."""
-        ids = self.stream.select(self.test_parts[device], self._labels[1], experience_id)
-        return Samples(self.test, torch.from_numpy(ids))
+        return Samples(self.test, self._test_index.ids(device, experience_id))
 
     def model(self) -> FlatModel:
         """Return the scenario's network with its initial parameters, the same for every call."""
@@ -70,6 +73,42 @@ class World:
             fault = Fault("model", "name", f"{spec.name} returned {type(module).__name__}")
             raise ScenarioError(self.scenario.name, [fault])
         return FlatModel(module)
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Sample ids sorted by device and experience, so that a device's experience is a slice.
+
+    Attributes:
+        sorted_ids: Ids of the whole fleet [N], int32.
+        starts: Where device d's experience e begins, at d * T + e [D * T + 1].
+        num_experiences: T; 1 if experiences are domains, which share their samples.
+        domain_size: Added to the ids once per domain; 0 if experiences differ by classes.
+    """
+
+    sorted_ids: Tensor
+    starts: NDArray[np.int64]
+    num_experiences: int
+    domain_size: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Indices], labels: NDArray[np.int64], stream: Stream) -> _Index:
+        """Sort the indices of all devices."""
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        splits = stream.splits_classes
+        count = stream.num_experiences if splits else 1
+        keys = owners * count + (stream.experience_of_label()[labels[ids]] if splits else 0)
+        order = np.argsort(keys, kind="stable")
+        starts = np.searchsorted(keys[order], np.arange(len(parts) * count + 1))
+        size = 0 if splits else len(labels)
+        return cls(torch.from_numpy(ids[order].astype(np.int32)), starts, count, size)
+
+    def ids(self, device: int, experience_id: int) -> Tensor:
+        """Return the sample ids of a device's experience."""
+        group = device if self.domain_size else device * self.num_experiences + experience_id
+        ids = self.sorted_ids[self.starts[group] : self.starts[group + 1]]
+        return ids + experience_id * self.domain_size if self.domain_size else ids
 
 
 def build(scenario: Scenario) -> World:

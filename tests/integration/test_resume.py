@@ -16,8 +16,8 @@ import pytest
 from edgelearn.device.fleet_store import RecordFile
 from edgelearn.errors import RunError, StateError
 from edgelearn.federated import checkpoint as checkpoint_module
+from edgelearn.federated import rundir
 from edgelearn.federated.journal import FileJournal
-from edgelearn.fleet import simulate as simulate_module
 from edgelearn.fleet.simulate import resume, simulate
 from edgelearn.scenario.load import to_toml
 from edgelearn.scenario.spec import Scenario
@@ -62,7 +62,7 @@ class CrashAt:
             (RecordFile, "sync"),
             (FileJournal, "append"),
             (checkpoint_module, "write_atomic"),
-            (simulate_module, "write_atomic"),
+            (rundir, "write_atomic"),
         ]
         for owner, name in places:
             patch.setattr(owner, name, self.wrap(getattr(owner, name)))

@@ -51,7 +51,7 @@ def test_read_checked(tmp_path):
     assert read_checked(path) == b"data"
     assert read_checked(path, digest_of(b"data")) == b"data"
     path.write_bytes(b"dat")
-    with pytest.raises(StateError, match="damaged or truncated .3 bytes") as error:
+    with pytest.raises(StateError, match=r"damaged or truncated .3 bytes") as error:
         read_checked(path, digest_of(b"data"))
     assert str(path) in str(error.value)
     with pytest.raises(StateError, match=r"gone\.bin: the file is missing"):

@@ -7,7 +7,7 @@ import pytest
 
 from edgelearn import plugins
 from edgelearn.continual.replay import Replay
-from edgelearn.errors import PluginError
+from edgelearn.errors import Fault, PluginError
 
 
 def write(path, text):
@@ -83,7 +83,7 @@ def test_a_broken_file_says_why_and_leaves_nothing_behind(tmp_path, text, expect
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(PluginError, match="no file .*nowhere.py"):
+    with pytest.raises(PluginError, match=r"no file .*nowhere.py"):
         plugins.resolve(f"{tmp_path}/nowhere.py:X", plugins.MODELS)
 
 
@@ -95,9 +95,9 @@ def test_what_can_be_no_path(place):
 
 def test_a_missing_attribute_gives_the_nearest(tmp_path):
     path = write(tmp_path / "mine.py", "class StayClose:\n    pass\n")
-    with pytest.raises(PluginError, match="has no 'StayClosed' .did you mean 'StayClose'"):
+    with pytest.raises(PluginError, match=r"has no 'StayClosed' .did you mean 'StayClose'"):
         plugins.resolve(f"{path}:StayClosed", plugins.MODELS)
-    with pytest.raises(PluginError, match="has no 'Replya' .did you mean 'Replay'"):
+    with pytest.raises(PluginError, match=r"has no 'Replya' .did you mean 'Replay'"):
         plugins.resolve("edgelearn.continual.replay:Replya", plugins.MODELS)
 
 
@@ -131,5 +131,42 @@ def test_an_entry_point_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     with pytest.raises(PluginError, match=r"'bad' \(edgelearn_test_failing_entry:X\).*bad day"):
         plugins.resolve("bad", "g")
-    with pytest.raises(PluginError, match="'gone' .* cannot be loaded"):
+    with pytest.raises(PluginError, match=r"'gone' .* cannot be loaded"):
         plugins.resolve("gone", "g")
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+class Exact:
+    def __init__(self, *, strength: float = 1.0, mode: str = "online") -> None:
+        pass
+
+
+class Bare:
+    pass
+
+
+class Loose:
+    def __init__(self, **kwargs) -> None:
+        pass
+
+
+def test_each_argument_that_a_class_does_not_take_is_a_fault():
+    assert plugins.argument_faults(Exact, {"mode": 1, "strength": 2}, "client.args") == []
+    assert plugins.argument_faults(Exact, {}, "client.args") == []
+    assert plugins.argument_faults(Exact, {"strenght": 1, "mode": 2, "x": 3}, "client.args") == [
+        Fault(
+            "client.args",
+            "strenght",
+            "Exact does not take it (did you mean 'strength'?); allowed: strength, mode",
+        ),
+        Fault("client.args", "x", "Exact does not take it; allowed: strength, mode"),
+    ]
+
+
+def test_classes_that_take_nothing_or_anything():
+    assert plugins.argument_faults(Bare, {"x": 1}, "t") == [
+        Fault("t", "x", "Bare does not take it; allowed: nothing")
+    ]
+    assert plugins.argument_faults(Loose, {"x": 1}, "t") == []

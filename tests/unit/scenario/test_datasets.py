@@ -196,7 +196,7 @@ def test_images_and_labels_must_match(folder):
 
 def test_a_label_that_is_no_class(folder):
     (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.array([0, 1, 2, 3, 10])))
-    with pytest.raises(DatasetError, match="training labels are int64 from 0 to 10, .* 0 to 9"):
+    with pytest.raises(DatasetError, match=r"training labels are int64 from 0 to 10, .* 0 to 9"):
         mnist(folder)
 
 

@@ -146,7 +146,7 @@ def test_a_file_that_is_not_text(tmp_path):
 
 def test_an_unknown_table(tmp_path):
     text = GOOD + "[strem]\nx = 1\n"
-    with pytest.raises(ScenarioError, match="line 22: strem: unknown table .did you mean 'stream'"):
+    with pytest.raises(ScenarioError, match=r"line 22: strem: unknown table .did you mean .stream"):
         load(write(tmp_path, text))
 
 

@@ -84,35 +84,14 @@ def test_positions_and_rounds():
     assert all(one.ends_experience(r) for r in (1, 2, 3))
 
 
-# -- selection -------------------------------------------------------------------------------------
+# -- which experience a label belongs to -----------------------------------------------------------
 
 
-def test_select_by_class_covers_a_device_once():
+def test_each_label_belongs_to_the_experience_that_lists_it():
     s = stream()
-    labels = np.random.default_rng(0).integers(0, 10, 100)
-    indices = np.random.default_rng(1).permutation(100)[:40].astype(np.int32)
-    parts = [s.select(indices, labels, i) for i in range(5)]
-    assert sorted(np.concatenate(parts)) == sorted(indices)
-    for i, part in enumerate(parts):
-        assert set(labels[part]) <= set(s.classes(i))
-        assert part.dtype == np.int32
-        kept = [index for index in indices if index in set(part)]
-        assert list(part) == kept  # in the device's own order
-
-
-def test_select_by_domain_gives_every_sample_in_each_domain():
-    s = stream("domain-incremental", T=3)
-    indices = np.array([4, 0, 9], np.int32)
-    labels = np.zeros(10, np.int64)
-    assert s.select(indices, labels, 0).tolist() == [4, 0, 9]
-    assert s.select(indices, labels, 2).tolist() == [24, 20, 29]
-    assert s.select(indices, labels, 2).dtype == np.int32
-
-
-def test_select_from_a_device_without_samples():
-    nothing = np.array([], np.int32)
-    assert len(stream().select(nothing, np.zeros(10, np.int64), 0)) == 0
-    assert len(stream("domain-incremental").select(nothing, np.zeros(10, np.int64), 1)) == 0
+    table = s.experience_of_label()
+    for experience_id in range(5):
+        assert tuple(np.flatnonzero(table == experience_id)) == s.classes(experience_id)
 
 
 # -- task masks ------------------------------------------------------------------------------------

@@ -1,0 +1,195 @@
+"""A real device: it stores samples, not indices, and forgets those that it may not keep.
+
+What its sensor shows is stored when it arrives and kept until the experience is consolidated; then
+everything that the client strategy's memory does not refer to is erased. Here the sensor is the
+device's part of the scenario's data set, so that a real fleet can be compared with a simulated one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from edgelearn.continual.memory import SampleSpec
+from edgelearn.continual.strategy import Update
+from edgelearn.device.evaluate import Counts, evaluate
+from edgelearn.device.learner import Learner
+from edgelearn.device.store import Answer, DeviceStore, Stored
+from edgelearn.errors import StateError
+from edgelearn.runtime.protocol import Runtime
+from edgelearn.scenario.samples import OwnedSamples, Samples
+from edgelearn.scenario.stream import Experience
+from edgelearn.scenario.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedData:
+    """A device's view of its own samples.
+
+    Attributes:
+        world: What its sensor shows.
+        device: Index in the fleet.
+        store: Its samples.
+        ids: Where those of each position are that it still has.
+    """
+
+    world: World
+    device: int
+    store: OwnedSamples
+    ids: Mapping[int, Tensor]
+
+    def experience(self, position: int) -> Experience:
+        """Return the experience at a position of its stream."""
+        return self.world.stream.experience(self.device, position)
+
+    def samples(self, position: int) -> Samples:
+        """Return the training samples of that experience.
+
+        Raises:
+            StateError: If they are erased already.
+        """
+        if position not in self.ids:
+            raise StateError(
+                f"device {self.device} no longer has the samples of position {position}"
+            )
+        return Samples(self.store, self.ids[position])
+
+
+class ResidentDevice:
+    """One device between two instructions: nothing in memory, everything in its store.
+
+    Each method reads the state afresh and returns the new one, which `commit` makes durable: so
+    whatever fails in between, up to the power, leaves the device as it was.
+    """
+
+    def __init__(
+        self, world: World, learner: Learner, runtime: Runtime, store: DeviceStore, *, device: int
+    ) -> None:
+        if not 0 <= device < world.scenario.fleet.num_devices:
+            raise StateError(
+                f"there is no device {device} in the scenario {world.scenario.name!r}: its fleet "
+                f"has {world.scenario.fleet.num_devices}, counted from 0"
+            )
+        self._world, self._learner, self._runtime = world, learner, runtime
+        self._store, self._device = store, device
+
+    def fit(
+        self, params: Tensor, *, position: int, server_round: int, proximal_mu: float = 0.0
+    ) -> tuple[Update, Stored]:
+        """Train on the experience at a position; the same question gets the same answer.
+
+        Args:
+            params: Global parameters [P].
+            position: Where the device is in its stream.
+            server_round: Round, from 1.
+            proximal_mu: FedProx's mu.
+
+        Returns:
+            What is to be sent, once the guard has admitted it, and the new state.
+        """
+        stored, question = self._load(), _fingerprint(params)
+        last = stored.answer
+        if last is not None and (last.server_round, last.question) == (server_round, question):
+            return last.update, stored
+        with _one_thread():
+            data = self._reach(stored, position)
+            fit = self._learner.fit(
+                stored.state,
+                params,
+                data,
+                position=position,
+                server_round=server_round,
+                proximal_mu=proximal_mu,
+            )
+        answer = Answer(server_round, question, fit.update)
+        return fit.update, self._forget(replace(stored, state=fit.state, answer=answer), data)
+
+    def consolidate(self, params: Tensor, *, position: int) -> tuple[int, Stored]:
+        """Consolidate all experiences up to and with that at a position, then forget their samples.
+
+        Returns:
+            Number of samples of the experience at the position, and the new state.
+        """
+        stored = self._load()
+        with _one_thread():
+            data = self._reach(stored, position)
+            state = self._learner.consolidate(stored.state, params, data, upto=position + 1)
+        count = len(data.samples(position))
+        return count, self._forget(replace(stored, state=state), data)
+
+    def evaluate(self, params: Tensor, *, position: int) -> Counts:
+        """Measure the served and the float model on the device's own test samples.
+
+        The served model is calibrated on what the sensor shows at the position, and on what the
+        device keeps; nothing of it is stored.
+        """
+        stored, model = self._load(), self._learner.model
+        with _one_thread():
+            data = self._reach(stored, position)
+            held = self._learner.held_ids(stored.state, data.samples(position))
+            spec = self._world.scenario.runtime
+            calibration = data.store.batch(held[: spec.num_calibration]).x
+            model.module.eval()
+            tests = [
+                self._world.test_samples(self._device, experience_id)
+                for experience_id in range(self._world.stream.num_experiences)
+            ]
+            with torch.no_grad():
+                prepared = self._runtime.prepare(model, params)
+                return evaluate(model, params, prepared, calibration, tests)
+
+    def commit(self, stored: Stored) -> None:
+        """Make a new state durable."""
+        self._store.save(stored)
+
+    # -- samples -----------------------------------------------------------------------------------
+
+    def _load(self) -> Stored:
+        encoding = self._world.train.encoding
+        stored = self._store.load(self._learner.declaration, encoding)
+        if stored is not None:
+            return stored
+        samples = OwnedSamples.empty(self._world.sample_shape, self._world.train.x.dtype, encoding)
+        return Stored(self._learner.initial_state(samples), samples)
+
+    def _reach(self, stored: Stored, position: int) -> OwnedData:
+        """Take in what the sensor has shown up to a position and is not consolidated."""
+        ids = dict(stored.pending)
+        for reached in sorted({position, *range(stored.state.consolidated, position + 1)}):
+            if reached not in ids:
+                shown = self._world.train_samples(self._device, reached)
+                ids[reached] = stored.samples.add(self._world.train.stored(shown.ids), shown.labels)
+        return OwnedData(self._world, self._device, stored.samples, ids)
+
+    def _forget(self, stored: Stored, data: OwnedData) -> Stored:
+        """Erase every sample that is neither remembered nor still to be consolidated."""
+        pending = {p: ids for p, ids in data.ids.items() if p >= stored.state.consolidated}
+        remembered = [
+            stored.state.memory[name]
+            for name, spec in self._learner.declaration.items()
+            if isinstance(spec, SampleSpec)
+        ]
+        none = torch.empty(0, dtype=torch.int32)
+        stored.samples.retain(torch.cat([none, *remembered, *pending.values()]))
+        return replace(stored, pending=pending)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Work with one torch thread: more would change the order of sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fingerprint(params: Tensor) -> str:
+    raw = params.detach().contiguous().view(torch.uint8).numpy().data
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()

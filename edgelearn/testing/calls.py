@@ -1,0 +1,277 @@
+"""How the hooks of a client strategy are called, recorded, repeated and compared."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from edgelearn.continual.memory import Memory
+from edgelearn.continual.strategy import ClientStrategy, Update
+from edgelearn.device.learner import Learner
+from edgelearn.errors import StrategyError
+from edgelearn.params import FlatModel
+from edgelearn.scenario.samples import Batch, Samples, SharedSamples
+from edgelearn.seeds import torch_generator
+from edgelearn.testing.toy import NUM_EXPERIENCES, ToyDevice
+
+_STEPS_IN_TRAINING = ("extend", "loss", "adjust", "proximal", "after_step")
+_RETURNS = {
+    "start": Memory,
+    "extend": Batch,
+    "loss": Tensor,
+    "adjust": Tensor,
+    "proximal": Tensor,
+    "after_step": Memory,
+    "upload": Update,
+    "finish": Memory,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a hook, with its inputs as they were before it.
+
+    Attributes:
+        hook: Name of the hook.
+        inputs: Its arguments by name, in order.
+    """
+
+    hook: str
+    inputs: Mapping[str, Any]
+
+    def repeat(self, strategy: ClientStrategy, *, seed: int = 0) -> tuple[Any, list[str]]:
+        """Call the hook again, on copies of the same inputs.
+
+        Args:
+            strategy: The strategy.
+            seed: Of the process-wide generators, in case the hook draws from them.
+
+        Returns:
+            What the hook returned (for `loss` the value and its gradient), and the names of the
+            inputs that it changed.
+        """
+        inputs = {name: clone(value) for name, value in self.inputs.items()}
+        model = self.inputs.get("model")
+        before = _model_state(model)
+        with global_seed(seed):
+            result = call(strategy, self.hook, inputs)
+        changed = [
+            name
+            for name, value in inputs.items()
+            if not isinstance(value, Generator) and not same(value, self.inputs[name])
+        ]
+        if not same(before, _model_state(model)):
+            changed.append("model")
+        return result, changed
+
+
+def call(strategy: ClientStrategy, hook: str, inputs: Mapping[str, Any]) -> Any:
+    """Call a hook as a device does; `loss` gives its value and its gradient."""
+    model = inputs.get("model")
+    if isinstance(model, FlatModel):
+        model.module.train(hook in _STEPS_IN_TRAINING)
+    function = getattr(strategy, hook)
+    if hook == "loss":
+        params = inputs["params"].detach().requires_grad_()
+        loss = function(**{**inputs, "params": params})
+        _expect(strategy, hook, loss)
+        (gradients,) = torch.autograd.grad(loss, params)
+        return loss.detach(), gradients
+    if hook in ("adjust", "proximal", "after_step"):
+        with torch.no_grad():
+            result = function(**inputs)
+    else:
+        result = function(**inputs)
+    _expect(strategy, hook, result)
+    return result
+
+
+def _expect(strategy: ClientStrategy, hook: str, result: Any) -> None:
+    expected = _RETURNS[hook]
+    if not isinstance(result, expected):
+        raise StrategyError(
+            f"{type(strategy).__name__}.{hook} returned {type(result).__name__}, expected "
+            f"a {expected.__name__}"
+        )
+    if hook == "loss" and result.shape != ():
+        raise StrategyError(
+            f"{type(strategy).__name__}.loss returned a tensor of shape {tuple(result.shape)}, "
+            "expected a scalar; take its mean or sum"
+        )
+
+
+def walk(
+    learner: Learner,
+    device: ToyDevice,
+    params: Tensor,
+    *,
+    steps: int = 3,
+    after: Callable[[Call, Any], None] = lambda _call, _result: None,
+) -> list[Call]:
+    """Lead a device through all experiences by hand, calling every hook in its place.
+
+    Args:
+        learner: Holds the strategy.
+        device: The device.
+        params: Parameters [P] to begin with; the model has nothing but trained ones.
+        steps: Training steps in an experience.
+        after: Called after every hook, with the call and what came of it.
+
+    Returns:
+        The calls, each with a copy of its inputs.
+    """
+    strategy, model, lr = learner.strategy, learner.model, learner.spec.lr
+    calls: list[Call] = []
+
+    def do(hook: str, **inputs: Any) -> Any:
+        calls.append(Call(hook, {name: clone(value) for name, value in inputs.items()}))
+        result = call(strategy, hook, inputs)
+        after(calls[-1], result)
+        return result
+
+    memory = learner.initial_state(device.store).memory
+    for position in range(NUM_EXPERIENCES):
+        experience, data = device.experience(position), device.samples(position)
+        memory = do("start", model=model, params=params, memory=memory, experience=experience)
+        generator = torch_generator(0, "walk", device.device, position)
+        at_start = params
+        for step in range(steps):
+            size = learner.spec.batch_size
+            batch = data.batch(slice(step * size % len(data), step * size % len(data) + size))
+            batch = do("extend", batch=batch, memory=memory, generator=generator)
+            _, gradients = do("loss", model=model, params=params, batch=batch, memory=memory)
+            gradients = do("adjust", gradients=gradients, params=params, memory=memory)
+            before, params = params, params - lr * gradients
+            params = do("proximal", params=params, memory=memory, lr=lr)
+            memory = do(
+                "after_step", before=before, after=params, gradients=gradients, memory=memory
+            )
+        metrics = {"num-examples": len(data), "loss": 1.0, "num-steps": steps}
+        update = Update(model.layout.views(params - at_start), metrics)
+        do("upload", update=update, data=data, memory=memory)
+        memory = do(
+            "finish", model=model, params=params, data=data, memory=memory, generator=generator
+        )
+    return calls
+
+
+@contextmanager
+def global_seed(seed: int) -> Iterator[None]:
+    """Seed the process-wide generators of torch, NumPy and Python; restore them after."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def global_states() -> dict[str, Any]:
+    """Return the states of the process-wide generators, by the name of what draws from them."""
+    return {
+        "torch": torch.get_rng_state(),
+        "NumPy": np.random.get_state(),  # noqa: NPY002
+        "Python's random": random.getstate(),
+    }
+
+
+# -- copies and comparison -------------------------------------------------------------------------
+
+
+def clone(value: Any) -> Any:
+    """Return a copy that shares no tensor with the original; the model is not copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Generator):
+        return value.clone_state()
+    if isinstance(value, Memory):
+        return Memory({name: clone(tensor) for name, tensor in value.items()}, clone(value.store))
+    if isinstance(value, SharedSamples):
+        return SharedSamples(clone(value.x), clone(value.y), value.encoding, value.domains)
+    if isinstance(value, Batch | Samples):
+        fields = (clone(getattr(value, f.name)) for f in dataclasses.fields(value))
+        return type(value)(*fields)
+    if isinstance(value, Update):
+        arrays = {name: clone(array) for name, array in value.arrays.items()}
+        return Update(arrays, dict(value.metrics))
+    return value
+
+
+def snapshot(value: Any) -> Any:
+    """Return a deep copy, or the value itself where it can't be copied."""
+    if isinstance(value, Generator):
+        return value.clone_state()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # anything may be kept in an attribute
+        return value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, tensors bit by bit (NaN equals NaN)."""
+    return _same(one, other, set())
+
+
+def _same(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
+    if one is other or (id(one), id(other)) in seen:
+        return True
+    seen.add((id(one), id(other)))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, Generator):
+        return bool(torch.equal(one.get_state(), other.get_state()))
+    if isinstance(one, Mapping):
+        return list(one) == list(other) and all(_same(one[k], other[k], seen) for k in one)
+    if isinstance(one, list | tuple):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_same(a, b, seen) for a, b in pairs)
+    parts = _parts(one)
+    if parts is not None:
+        return _same(parts, _parts(other), seen)
+    return _same_other(one, other)
+
+
+def _parts(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object, or None if it has no such things."""
+    if isinstance(value, type) or callable(value):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _same_other(one: Any, other: Any) -> bool:
+    try:
+        if bool(one == other):
+            return True
+    except Exception:  # a comparison of somebody else's type
+        return True
+    try:
+        return pickle.dumps(one) == pickle.dumps(other)
+    except Exception:  # what can't be copied was not copied: there is nothing to compare
+        return True
+
+
+def _model_state(model: Any) -> dict[str, Tensor] | None:
+    if not isinstance(model, FlatModel):
+        return None
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
