@@ -85,7 +85,7 @@ class DeviceStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes of this device out: an instruction of a dead run may still be at work."""
+        """Keep other processes of this device out: one may still be at work for a dead run."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with (self._path.parent / "lock").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it when the process ends
@@ -170,7 +170,7 @@ def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the fingerprint of a file's content; safetensors itself notices only a wrong length."""
+    """Return the fingerprint of what a file holds; safetensors itself checks only its length."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -76,6 +76,11 @@ def evaluate_schema(num_experiences: int) -> Schema:
     return Schema(scalars={"num-examples": int, "model-bytes": int}, counts=counts)
 
 
+def hello_schema() -> Schema:
+    """Return what a device says of itself on a real network: which one it is."""
+    return Schema(scalars={"device": int})
+
+
 def _same_names(what: str, found: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
     if extra := [name for name in found if name not in declared]:
         close = nearest(extra[0], declared)

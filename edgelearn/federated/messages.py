@@ -21,6 +21,7 @@ from edgelearn.params import Layout
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+RUN = "edgelearn-run"  # on a real network: which run of the scenario an instruction belongs to
 FIT, EVALUATE, CONSOLIDATE, HELLO = "train", "evaluate", "query.consolidate", "query.hello"
 
 

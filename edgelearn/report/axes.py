@@ -39,9 +39,13 @@ def percent_axis(axes: Axes, limits: tuple[float, float] | None = None) -> None:
 
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
     if limits is not None:
         axes.set_ylim(*limits)
+
+
+def _percent_tick(value: float, _: object) -> str:
+    return f"{100 * value:.3g}%".replace("-", "\N{MINUS SIGN}")
 
 
 def mark_boundaries(axes: Axes, record: RunRecord, *, name: str) -> None:

@@ -201,7 +201,7 @@ def provenance(record: RunRecord) -> str:
     clock_s = record.rounds[-1]["clock_s"] if record.rounds else math.nan
     items = {
         "Repeat it": f"<code>{escape(command)}</code><br><small>The same digest gives the same "
-        "bits. Settings that were overridden are in the scenario.toml of the run directory.</small>",
+        "bits. Settings that were overridden are in scenario.toml, in the run directory.</small>",
         "Scenario digest": f"<code>{escape(str(run['digest']))}</code>",
         "Seed": escape(str(run["seed"])),
         "Versions": escape(f"edgelearn {run['edgelearn']}, {versions}"),

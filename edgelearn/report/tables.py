@@ -219,9 +219,9 @@ class Comparison:
             pad_edge=False,
             padding=(0, 0, 0, 1),
             caption=(
-                "mean ± sample standard deviation over n seeds. Of the served model, but float ACC: "
-                "average accuracy (ACC), average incremental accuracy (AIA) and worst tenth of "
-                "devices in %; forgetting (F), backward (BWT) and forward transfer (FWT) in "
+                "mean ± sample standard deviation over n seeds. Of the served model, but float "
+                "ACC: average accuracy (ACC), average incremental accuracy (AIA) and worst tenth "
+                "of devices in %; forgetting (F), backward (BWT) and forward transfer (FWT) in "
                 "percentage points."
             ),
             caption_justify="left",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import inspect
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -83,15 +85,21 @@ def call(strategy: ClientStrategy, hook: str, inputs: Mapping[str, Any]) -> Any:
     function = getattr(strategy, hook)
     if hook == "loss":
         params = inputs["params"].detach().requires_grad_()
-        loss = function(**{**inputs, "params": params})
+        loss = function(*{**inputs, "params": params}.values())
         _expect(strategy, hook, loss)
-        (gradients,) = torch.autograd.grad(loss, params)
+        gradients = None
+        if loss.requires_grad:
+            (gradients,) = torch.autograd.grad(loss, params, allow_unused=True)
+        if gradients is None:
+            raise StrategyError(
+                f"{type(strategy).__name__}.loss does not depend on the `params` that it is "
+                "given; evaluate the network with `model(params, batch.x)`"
+            )
         return loss.detach(), gradients
-    if hook in ("adjust", "proximal", "after_step"):
-        with torch.no_grad():
-            result = function(**inputs)
-    else:
-        result = function(**inputs)
+    by_name = {name: value for name, value in inputs.items() if name == "lr"}
+    by_place = [value for name, value in inputs.items() if name != "lr"]
+    with torch.set_grad_enabled(hook not in ("adjust", "proximal", "after_step")):
+        result = function(*by_place, **by_name)
     _expect(strategy, hook, result)
     return result
 
@@ -239,8 +247,10 @@ def _same(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
         return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, Generator):
         return bool(torch.equal(one.get_state(), other.get_state()))
+    if isinstance(one, Memory) and not _same(one.store, other.store, seen):
+        return False
     if isinstance(one, Mapping):
-        return list(one) == list(other) and all(_same(one[k], other[k], seen) for k in one)
+        return one.keys() == other.keys() and all(_same(one[k], other[k], seen) for k in one)
     if isinstance(one, list | tuple):
         pairs = zip(one, other, strict=False)
         return len(one) == len(other) and all(_same(a, b, seen) for a, b in pairs)
@@ -252,7 +262,7 @@ def _same(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
 
 def _parts(value: Any) -> dict[str, Any] | None:
     """Return the attributes of an object, or None if it has no such things."""
-    if isinstance(value, type) or callable(value):
+    if isinstance(value, type) or inspect.isroutine(value):
         return None
     if dataclasses.is_dataclass(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -260,14 +270,12 @@ def _parts(value: Any) -> dict[str, Any] | None:
 
 
 def _same_other(one: Any, other: Any) -> bool:
-    try:
+    with contextlib.suppress(Exception):  # a comparison of somebody else's type
         if bool(one == other):
             return True
-    except Exception:  # a comparison of somebody else's type
-        return True
     try:
         return pickle.dumps(one) == pickle.dumps(other)
-    except Exception:  # what can't be copied was not copied: there is nothing to compare
+    except Exception:  # nor can it be copied, so there is nothing to compare it with
         return True
 
 
