@@ -106,6 +106,12 @@ def spread(values: NDArray[np.float64], *, is_higher_better: bool = True) -> Spr
     )
 
 
+def spread_of_costs(values: NDArray[np.float64]) -> Spread:
+    """Return the spread of something of which less is better: worst is the largest."""
+    s = spread(-values)
+    return Spread(-s.mean, s.std, -s.worst_decile, -s.worst, -s.best, s.num_devices)
+
+
 def _mean(values: NDArray[np.float64]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

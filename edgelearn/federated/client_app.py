@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
-from edgelearn.errors import EdgelearnError, RunError, ScenarioError
+from edgelearn.errors import EdgelearnError, RunError
 
 from flwr.app import ConfigRecord, Context, Message  # isort: skip
 from flwr.clientapp import ClientApp  # isort: skip

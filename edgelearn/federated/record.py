@@ -186,13 +186,13 @@ class RunRecord:
         return spread(self.final_by_device(model))
 
     def device_forgetting(self, model: Model = "served") -> Spread:
-        """Return how forgetting is spread over devices, each in its own order."""
-        values = [forgetting(matrix) for matrix in self.device_matrices(model).values()]
-        return spread(np.array(values), is_higher_better=False)
+        """Return how forgetting is spread over devices, each in its own order; worst is most."""
+        matrices = self.device_matrices(model).values()
+        return spread_of_costs(np.array([forgetting(matrix) for matrix in matrices]))
 
     def final_by_device(self, model: Model = "served") -> NDArray[np.float64]:
         """Return each device's final accuracy over all of its test samples."""
-        if not self.device_rows:
+        if not self.device_rows or not self.device_rows[-1]["devices"]:
             return np.array([])
         line = self.device_rows[-1]
         return _ratio(np.array(line[model]).sum(1), np.array(line["count"]).sum(1))

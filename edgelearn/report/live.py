@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from edgelearn.federated.loop import Progress as RoundProgress
+from edgelearn.report.formats import size
 
 
 @contextmanager
@@ -47,20 +48,11 @@ def describe(seen: RoundProgress) -> str:
         f"experience {seen.position}",
         f"accuracy {_share(seen.accuracy)}",
         f"forgetting {_share(seen.forgetting)}",
-        format_bytes(seen.num_bytes),
+        size(seen.num_bytes),
     ]
     bad = {k: n for k, n in seen.outcomes.items() if n and k not in ("ok", "idle")}
     parts += [f"{count} {outcome}" for outcome, count in bad.items()]
     return "  ".join(parts)
-
-
-def format_bytes(count: float) -> str:
-    """Return bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _share(value: float) -> str:

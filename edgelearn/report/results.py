@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgelearn.continual import metrics
-from edgelearn.continual.metrics import Matrix, Spread, spread
+from edgelearn.continual.metrics import Matrix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -138,12 +138,6 @@ def final_by_device(record: RunRecord, model: Model = "served") -> NDArray[np.fl
     if record.device_rows and record.device_rows[-1]["position"] == record.num_experiences - 1:
         return record.final_by_device(model)
     return np.array([])
-
-
-def spread_of_costs(values: NDArray[np.float64]) -> Spread:
-    """Return the spread of something of which less is better: worst is the largest."""
-    s = spread(-values)
-    return Spread(-s.mean, s.std, -s.worst_decile, -s.worst, -s.best, s.num_devices)
 
 
 def total_bytes(record: RunRecord, direction: Direction) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelearn.continual.metrics import spread
+from edgelearn.continual.metrics import spread, spread_of_costs
 from edgelearn.report import formats, results
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def device_table(record: RunRecord) -> str:
     """Return how accuracy, forgetting and traffic are spread over devices."""
     runtime = escape(str(record.run["runtime"]))
     served, exact = (results.final_by_device(record, model) for model in results.MODELS)
-    forgetting = results.spread_of_costs(results.forgetting_by_device(record))
+    forgetting = spread_of_costs(results.forgetting_by_device(record))
     rows = [
         _spread_row(f"final accuracy, {runtime}", spread(served), formats.percent),
         _spread_row("final accuracy, float", spread(exact), formats.percent),
@@ -135,7 +135,7 @@ def device_table(record: RunRecord) -> str:
     if record.is_complete:
         for direction in results.DIRECTIONS:
             values = np.array(record.end[f"bytes_{direction}"], dtype=np.float64)
-            traffic = results.spread_of_costs(values)
+            traffic = spread_of_costs(values)
             rows.append(_spread_row(f"bytes {direction}", traffic, formats.size))
     head = "".join(
         f'<th scope="col">{name}</th>'

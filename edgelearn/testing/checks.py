@@ -1,33 +1,25 @@
 """What the contract of a client strategy asks for: one function for each check.
 
-A check returns what it saw in plain words, raises `Broken` where the contract is broken (saying what
-was expected, what happened and what to do), or `Skipped` where there is nothing to say.
+A check returns what it saw in plain words, raises `Broken` where the contract is broken (saying
+what was expected, what happened and what to do), or `Skipped` where there is nothing to say.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
 
 from edgelearn.continual import memory as memories
-from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
-from edgelearn.continual.strategy import ClientStrategy, Update, supervised_loss
-from edgelearn.device.fleet_store import RecordFile, RecordLayout
-from edgelearn.device.learner import DeviceState, Fit, Learner
-from edgelearn.device.store import DeviceStore, Stored
+from edgelearn.continual.memory import Memory, SampleSpec, TensorSpec
+from edgelearn.continual.strategy import ClientStrategy, supervised_loss
+from edgelearn.device.learner import DeviceState, Fit
 from edgelearn.errors import EgressError, StrategyError
 from edgelearn.federated import egress
-from edgelearn.scenario.samples import Batch, OwnedSamples
 from edgelearn.seeds import torch_generator
 from edgelearn.testing.calls import (
     Call,
@@ -39,81 +31,10 @@ from edgelearn.testing.calls import (
     snapshot,
     walk,
 )
-from edgelearn.testing.toy import (
-    ENCODING,
-    NUM_EXPERIENCES,
-    ToyDevice,
-    toy_devices,
-    toy_learner,
-    toy_owned,
-    toy_store,
-)
-
-_RTOL = 1e-4
-
-
-class Broken(Exception):  # noqa: N818 - a verdict, not an error
-    """The contract is broken; the message says how."""
-
-
-class Skipped(Exception):  # noqa: N818 - a verdict, not an error
-    """Neither kept nor broken; the message says why."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The strategy under check, and what the checks share.
-
-    Attributes:
-        make: Builds the strategy.
-        arguments: What it is built with.
-    """
-
-    make: Callable[..., Any]
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def learner(self) -> Learner:
-        """A learner of the toy with the strategy."""
-        return self.new_learner()
-
-    def new_learner(self) -> Learner:
-        """Build the strategy anew, with a learner of its own."""
-        return toy_learner(self.make(**self.arguments))
-
-    @cached_property
-    def strategy(self) -> ClientStrategy:
-        """The strategy."""
-        return self.learner.strategy
-
-    @cached_property
-    def devices(self) -> list[ToyDevice]:
-        """Three devices with different samples."""
-        return toy_devices()
-
-    @cached_property
-    def calls(self) -> list[Call]:
-        """Every call of a hook in the life of the first device."""
-        return walk(self.learner, self.devices[0], self.learner.model.initial())
-
-    def state_after_one(self, device: ToyDevice) -> tuple[DeviceState, Tensor]:
-        """Return a device's state after its first experience, and the parameters [P] then."""
-        params = self.learner.model.initial()
-        fit = self.fit(self.learner.initial_state(device.store), params, device, 0)
-        params = params + self.learner.model.layout.flatten(fit.update.arrays)
-        return self.learner.consolidate(fit.state, params, device, upto=1), params
-
-    def fit(
-        self, state: DeviceState, params: Tensor, device: ToyDevice, position: int, turn: int = 0
-    ) -> Fit:
-        """Train a device for a round; it may have been away before."""
-        server_round = 2 * position + turn + 1
-        return self.learner.fit(
-            state, params, device, position=position, server_round=server_round
-        )
-
-
-# -- one function for each check -------------------------------------------------------------------
+from edgelearn.testing.durable import survives_storage
+from edgelearn.testing.stacked import compare_stacked
+from edgelearn.testing.subject import Broken, Skipped, Subject
+from edgelearn.testing.toy import NUM_EXPERIENCES, ToyDevice, toy_facts, toy_model
 
 
 def builds(subject: Subject) -> str:
@@ -125,7 +46,7 @@ def builds(subject: Subject) -> str:
             f"expected a subclass of edgelearn.ClientStrategy, got {type(made).__name__}; "
             "write `class Name(ClientStrategy):`"
         )
-    declaration = made.declare(subject_model(subject), _facts(subject))
+    declaration = made.declare(toy_model(), toy_facts())
     _check_declaration(declaration)
     return f"{type(made).__name__}({given})"
 
@@ -270,7 +191,7 @@ def stacked(subject: Subject) -> str:
         if not _overrides(subject, hook) and hook != "loss":
             continue
         last = [[made for made in life if made.hook == hook][-1] for life in lives]
-        _compare_stacked(subject.strategy, hook, last)
+        compare_stacked(subject.strategy, hook, last)
         tried.append(hook)
     return f"{', '.join(tried)} of {len(lives)} devices at once equal those one by one"
 
@@ -386,4 +307,103 @@ CHECKS = (
 )
 
 
-# -- parts -----------------------------------------------------------------------------------------
+def _check_declaration(declaration: Any) -> None:
+    if not isinstance(declaration, Mapping):
+        raise Broken(
+            f"`declare` returned {type(declaration).__name__}, expected a dictionary such as "
+            '{"anchor": TensorSpec((model.layout.num_trained,))}; return {} to remember nothing'
+        )
+    for name, spec in declaration.items():
+        if not isinstance(name, str) or not isinstance(spec, TensorSpec | SampleSpec):
+            raise Broken(
+                f"`declare` has {name!r}: {spec!r}, expected a name with a TensorSpec or SampleSpec"
+            )
+        if not all(type(size) is int and size >= 0 for size in spec.shape):
+            raise Broken(
+                f"`declare` gives {name!r} the shape {spec.shape!r}, expected whole numbers from 0"
+            )
+
+
+def _is_undeclared(error: Exception) -> bool:
+    """Whether `Memory.replace` refused a name."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code is Memory.replace.__code__
+
+
+def _overrides(subject: Subject, hook: str) -> bool:
+    return subject.strategy.overrides(hook)
+
+
+def _own_calls(subject: Subject) -> Iterator[Call]:
+    return (made for made in subject.calls if _overrides(subject, made.hook))
+
+
+def _copies(made: Call) -> dict[str, Any]:
+    return {name: clone(value) for name, value in made.inputs.items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return bool(torch.isfinite(value).all())
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    return all(map(_is_finite, value)) if isinstance(value, tuple) else math.isfinite(value)
+
+
+def _expect_finite(fit: Fit, state: DeviceState, where: str) -> None:
+    for what, values in (
+        ("an update", fit.update.arrays),
+        ("metrics", fit.update.metrics),
+        ("a memory", state.memory),
+    ):
+        if not _is_finite(values):
+            raise Broken(f"{what} with numbers that are not finite {where}; expected finite ones")
+
+
+def _attributes(place: object, *, copy: bool = True) -> dict[str, Any]:
+    """Return what may be state on an object or a class: no methods, no private names of Python."""
+    found = {
+        name: value
+        for name, value in vars(place).items()
+        if not name.startswith("__")
+        and not (isinstance(place, type) and (callable(value) or hasattr(value, "__get__")))
+    }
+    return {name: snapshot(value) for name, value in found.items()} if copy else found
+
+
+def _same_attribute(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
+    return name in before and name in now and same(before[name], now[name])
+
+
+def _odd_devices(subject: Subject) -> tuple[ToyDevice, ToyDevice]:
+    device = subject.devices[0]
+    none = replace(device, ids=tuple(ids[:0] for ids in device.ids))
+    return none, replace(device, ids=tuple(ids[:1] for ids in device.ids))
+
+
+def _run(subject: Subject) -> tuple[Tensor, list[DeviceState]]:
+    """Return the global parameters [P] and the devices' states after a whole run."""
+    learner, devices = subject.learner, subject.devices
+    params = learner.model.initial()
+    states = [learner.initial_state(device.store) for device in devices]
+    for position in range(NUM_EXPERIENCES):
+        present = [d for d in devices if position > 0 or d is not devices[-1]]
+        for turn in range(2):
+            deltas = []
+            for device in present:
+                fit = subject.fit(states[device.device], params, device, position, turn)
+                _expect_finite(fit, fit.state, "in a whole run")
+                states[device.device] = fit.state
+                deltas.append(learner.model.layout.flatten(fit.update.arrays))
+            params = params + torch.stack(deltas).mean(0)
+        for device in present:
+            states[device.device] = learner.consolidate(
+                states[device.device], params, device, upto=position + 1
+            )
+    return params, states

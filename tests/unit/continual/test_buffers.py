@@ -77,6 +77,14 @@ def test_every_sample_is_kept_with_the_same_probability(chunk):
     assert 50 < chi_squared < 150  # 99 degrees of freedom: mean 99, standard deviation 14
 
 
+def test_one_place_for_three_samples():
+    source = generator(3)
+    kept = torch.zeros(3)
+    for _ in range(3000):
+        kept[reservoir(empty(1), 0, ids(0, 3), source).long()] += 1
+    assert (kept - 1000).abs().max() < 4.5 * 26  # standard deviation 26
+
+
 def test_a_reservoir_without_room_or_without_arrivals():
     assert reservoir(empty(0), 0, ids(0, 5), generator()).tolist() == []
     assert reservoir(ids(0, 3), 9, ids(0, 0), generator()).tolist() == [0, 1, 2]

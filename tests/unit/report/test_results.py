@@ -42,7 +42,7 @@ def test_forgotten_in_each_devices_own_order(make_record):
 def test_the_device_that_forgets_most_is_the_worst(record):
     values = results.forgetting_by_device(record)
     np.testing.assert_allclose(values, [0.2, 0.4])
-    s = results.spread_of_costs(values)
+    s = spread_of_costs(values)
     assert (s.mean, s.std) == pytest.approx((0.3, 0.1))
     assert (s.worst_decile, s.worst, s.best) == pytest.approx((0.4, 0.4, 0.2))
 

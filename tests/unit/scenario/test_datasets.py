@@ -118,11 +118,17 @@ def test_a_damaged_idx_file(tmp_path, data, expected):
     assert str(path) in str(error.value)
 
 
-def broken_middle(data: bytes) -> bytes:
-    return data[:20] + b"\xff" * 20 + data[40:]
+def wrong_block(data: bytes) -> bytes:
+    return data[:10] + b"\xff" + data[11:]
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[:-9], lambda d: b"no" + d, broken_middle])
+def wrong_byte(data: bytes) -> bytes:
+    return data[:99] + bytes([data[99] ^ 1]) + data[100:]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-9], lambda d: b"no" + d, lambda d: b"", wrong_block, wrong_byte]
+)
 def test_a_damaged_gzip_file(tmp_path, damage):
     path = tmp_path / "x.gz"
     noise = np.random.default_rng(0).integers(0, 256, (9, 9, 9))
