@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,29 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold a lock file, which other processes of this machine respect; its content means nothing.
+
+    Raises:
+        StateError: If another process still holds it after `wait_s`.
+    """
+    import fcntl  # here, because there is none on Windows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + wait_s
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise StateError(f"{path.parent} is in use by another process") from None
+                time.sleep(0.05)
+        yield  # the system releases the lock when the file is closed, however the process ends
 
 
 def digest_of(data: bytes) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from edgelearn.continual.memory import Declaration, Memory, check
 from edgelearn.continual.strategy import Update
 from edgelearn.device.learner import DeviceState
 from edgelearn.errors import StateError
-from edgelearn.files import write_atomic
+from edgelearn.files import exclusive, write_atomic
 from edgelearn.scenario.samples import Encoding, OwnedSamples
 
 _FORMAT = "edgelearn-device-2"
+_LOCK_WAIT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,9 @@ class DeviceStore:
         """The file."""
         return self._path
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other processes of this device out: one may still be at work for a dead run."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with (self._path.parent / "lock").open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it when the process ends
-            yield
+        return exclusive(self._path.parent / "lock", wait_s=_LOCK_WAIT_S)
 
     def save(self, stored: Stored) -> None:
         """Replace the stored state; a crash leaves the former one."""

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: what a device does with a message of edgelearn's loop or any Flower strategy.
+"""The Flower ClientApp: how a device answers edgelearn's loop, or any Flower strategy.
 
 A SuperNode starts a fresh process for every message, so everything that costs time to import is
 imported in the handlers. State lives in the device's own folder; Flower's `Context.state` is not
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def client_app() -> ClientApp:
-    """Return the app that runs on a device; Flower finds it as `app = client_app()`."""
+    """Make the app that runs on a device. Flower wants it as a plain `app = ...` in a module."""
     app = ClientApp()
     app.train()(_guarded(_train))
     app.evaluate()(_guarded(_evaluate))

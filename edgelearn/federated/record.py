@@ -31,6 +31,7 @@ from edgelearn.continual.metrics import (
     forgetting,
     scores,
     spread,
+    spread_of_costs,
 )
 from edgelearn.errors import StateError
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import resource
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import edgelearn
 from edgelearn.device.learner import Learner
 from edgelearn.errors import StateError
 from edgelearn.federated.record import Line, RunRecord
-from edgelearn.files import write_atomic
+from edgelearn.files import exclusive, write_atomic
 from edgelearn.params import Layout
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.load import load, to_toml
@@ -25,6 +26,12 @@ from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World
 
 _SCENARIO, _MODEL = "scenario.toml", "model.safetensors"
+_LOCK_WAIT_S = 30.0
+
+
+def locked(directory: Path) -> AbstractContextManager[None]:
+    """Keep other processes out of a run directory, such as a server of a run that was stopped."""
+    return exclusive(directory / ".lock", wait_s=_LOCK_WAIT_S)
 
 
 def begin(directory: Path, scenario: Scenario) -> None:

@@ -3,6 +3,7 @@ import doctest
 import numpy as np
 import pytest
 
+from edgelearn.continual.metrics import spread_of_costs
 from edgelearn.report import formats, results
 
 
