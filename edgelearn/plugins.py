@@ -21,6 +21,7 @@ CLIENT_STRATEGIES = "edgelearn.client_strategies"
 RUNTIMES = "edgelearn.runtimes"
 DATASETS = "edgelearn.datasets"
 MODELS = "edgelearn.models"
+SERVER_STRATEGIES = "flower"  # names are Flower's own; there are no entry points
 
 
 def names(group: str) -> tuple[str, ...]:

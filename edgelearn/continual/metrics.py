@@ -87,11 +87,9 @@ class Spread:
     num_devices: int
 
 
-def spread(values: NDArray[np.float64], *, is_higher_better: bool = True) -> Spread:
+def spread(values: NDArray[np.float64]) -> Spread:
     """Return mean, population std, mean of the worst tenth (at least one), worst and best."""
-    known = np.sort(values[~np.isnan(values)])  # from the worst to the best
-    if not is_higher_better:
-        known = known[::-1]
+    known = np.sort(values[~np.isnan(values)])
     if len(known) == 0:
         nan = float("nan")
         return Spread(nan, nan, nan, nan, nan, 0)

@@ -28,7 +28,7 @@ class Replay(ClientStrategy):
 
     Args:
         memory_kib: Size of the buffer on a device, in KiB of stored samples.
-        capacity: The same in samples; give one of the two.
+        capacity: The same in samples; give one of the two, or none for 200 samples.
         policy: What a full buffer keeps: "class-balanced" or "reservoir".
         replay_batch: Samples replayed per step; 0 replays as many as arrive.
         share: Part of the loss that replayed samples get, in [0, 1]; negative weighs every

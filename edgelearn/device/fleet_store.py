@@ -79,8 +79,10 @@ class RecordFile:
         for (name, spec), offset in zip(
             self._layout.declaration.items(), self._layout.offsets, strict=True
         ):
-            raw = record[offset : offset + spec.stored_bytes].copy()
-            tensors[name] = torch.from_numpy(raw).view(spec.dtype).view(spec.shape)
+            value = torch.empty(spec.shape, dtype=spec.dtype)
+            raw = value.view(-1).view(torch.uint8).numpy()
+            raw[:] = record[offset : offset + spec.stored_bytes]
+            tensors[name] = value
         return DeviceState(Memory(tensors, store), begun, consolidated)
 
     def write(self, device: int, slot: int, state: DeviceState) -> int:

@@ -268,7 +268,8 @@ class Learner:
                         if proximal:
                             current.copy_(strategy.proximal(current, memory, lr=spec.lr))
                         if after_step:
-                            memory = strategy.after_step(before, current, gradients, memory)
+                            after = current.detach().clone()  # memory may keep it
+                            memory = strategy.after_step(before, after, gradients, memory)
                     total += float(loss.detach())
                     steps += 1
         local[model.layout.num_trained :] = carried[model.layout.num_trained :]

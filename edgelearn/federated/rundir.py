@@ -41,6 +41,11 @@ def begin(directory: Path, scenario: Scenario) -> None:
     write_atomic(directory / _SCENARIO, text.encode())
 
 
+def holds_a_run(directory: Path) -> bool:
+    """Whether a run began in a directory."""
+    return (directory / _SCENARIO).is_file()
+
+
 def scenario_of(directory: Path) -> Scenario:
     """Return the scenario of the run in a directory.
 
@@ -48,13 +53,14 @@ def scenario_of(directory: Path) -> Scenario:
         StateError: If there is no run, or the scenario was changed since it began.
     """
     path = directory / _SCENARIO
-    if not path.is_file():
+    if not holds_a_run(directory):
         raise StateError(f"{path}: there is no run here")
     scenario = load(path)
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     if not first.endswith(f"digest {scenario.digest}"):
         raise StateError(
-            f"{path}: was changed since the run began ({first.lstrip('# ')}; "
+            f"{path}, or a plug-in file that it names, was changed since the run began "
+            f"({first.lstrip('# ')}; "
             f"its digest is now {scenario.digest})"
         )
     return scenario

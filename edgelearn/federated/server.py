@@ -40,7 +40,7 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
     """
     reference, arguments = scenario.server.strategy, dict(scenario.server.args)
     if ":" in reference:
-        kind = plugins.resolve(reference, "flower")
+        kind = plugins.resolve(reference, plugins.SERVER_STRATEGIES)
     elif reference in strategy_names():
         kind = getattr(flower, reference)
     else:

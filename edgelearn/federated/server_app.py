@@ -14,6 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,12 @@ def serve(
     _check_directory(out, scenario)
     world = build(scenario)
     learner, strategy = make_learner(world), make_server_strategy(scenario)
-    if not out.is_dir():  # nothing is written before the scenario has proved to be whole
-        rundir.begin(out, scenario)
-    with rundir.locked(out):
+    with rundir.locked(out):  # nothing is written before the scenario has proved to be whole
         if (record := rundir.finished(out)) is not None:
             _log.info("the run in %s is complete", out)
             return record
-        rundir.begin(out, scenario)
+        if not rundir.holds_a_run(out):
+            rundir.begin(out, scenario)
         started, cpu = time.perf_counter(), rundir.cpu_s()
         journal = FileJournal(out)
         checkpoint = journal.resume()
@@ -132,7 +132,7 @@ def serve(
 
 
 def _check_directory(out: Path, scenario: Scenario) -> None:
-    if (out / "scenario.toml").is_file():
+    if rundir.holds_a_run(out):
         held = rundir.scenario_of(out)
         if held.digest != scenario.digest:
             raise RunError(
@@ -146,7 +146,7 @@ def _check_directory(out: Path, scenario: Scenario) -> None:
 def _name(journal: FileJournal, checkpoint: Checkpoint | None) -> str:
     """Return the name of the run: kept when it is resumed, and later ones sort after it."""
     if checkpoint is None:
-        return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+        return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{secrets.token_hex(4)}"
     name = journal.record().run["engine"].get("run")
     if not isinstance(name, str):
         raise RunError(

@@ -121,18 +121,19 @@ class Int8Prepared:
         views = model.layout.views(self._params)
         stored = _stored_names(model.module)
         tensors: dict[str, Tensor] = {}
-        num_bytes, quantized = 0, set()
+        num_bytes = 0
         for name in layers:
             prefix = f"{name}." if name else ""
             weight_name, bias_name = stored[f"{prefix}weight"], stored.get(f"{prefix}bias")
             codes, scale = quantize_weight(views[weight_name])
             bias = None if bias_name is None else views[bias_name]
-            quantized |= {weight_name, bias_name}
             tensors[f"{prefix}codes"], tensors[f"{prefix}scale"] = codes, scale
             tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
             # codes, scales, 32-bit biases, and scale and zero point of the activations
             num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
-        kept = {name: view for name, view in views.items() if name not in quantized}
+        # What a layer that stays float shares with a quantized one is kept for it.
+        in_float = {stored[name] for name in stored if name not in _quantized_names(model.module)}
+        kept = {n: view for n, view in views.items() if n in in_float or n not in stored.values()}
         tensors.update(kept)
         self._tensors = tensors
         self._model_bytes = num_bytes + sum(4 * view.numel() for view in kept.values())
@@ -199,6 +200,16 @@ def _stored_names(module: nn.Module) -> dict[str, str]:
     return {
         name: first.setdefault(id(parameter), name)
         for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def _quantized_names(module: nn.Module) -> set[str]:
+    """Return the names of all parameters that quantized layers replace."""
+    return {
+        f"{name}.{leaf}".lstrip(".")
+        for name, layer in module.named_modules(remove_duplicate=False)
+        for leaf in ("weight", "bias")
+        if _is_quantized(layer)
     }
 
 

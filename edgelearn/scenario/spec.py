@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -138,7 +139,9 @@ class ClientSpec:
 class ServerSpec:
     """`[server]`: how updates are combined."""
 
-    strategy: str = _rule("a strategy of Flower, module:Class or file.py:Class", "FedAvg")
+    strategy: str = _rule(
+        "a strategy of Flower, module:Class or file.py:Class", "FedAvg", plugins="flower"
+    )
     args: Mapping[str, Any] = _table("arguments of the server strategy")
     max_update_norm: float = _rule(
         "reject an update whose L2 norm exceeds this many times that of the global parameters",
@@ -193,8 +196,15 @@ class Scenario:
 
     @property
     def digest(self) -> str:
-        """Fingerprint of all values; devices refuse a server with another one."""
-        text = json.dumps(self.as_dict(), sort_keys=True)
+        """Fingerprint of all that decides the result; devices refuse a server with another one.
+
+        Where data lies on a machine does not count, and of a plug-in file its content does, not
+        its path.
+        """
+        values = self.as_dict()
+        for key in ("root", "download"):
+            del values["data"][key]
+        text = json.dumps(_portable(values), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -205,4 +215,17 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    return value
+
+
+def _portable(value: Any) -> Any:
+    """Replace the paths of plug-in files by fingerprints of what is in them."""
+    if isinstance(value, dict):
+        return {k: _portable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_portable(v) for v in value]
+    if isinstance(value, str) and ".py:" in value:
+        place, _, name = value.rpartition(":")
+        if Path(place).is_file():
+            return f"{hashlib.blake2b(Path(place).read_bytes(), digest_size=8).hexdigest()}:{name}"
     return value

@@ -78,7 +78,8 @@ class Stream:
 
     def experience_id(self, device: int, position: int) -> int:
         """Return which experience a device meets at a position of its stream."""
-        return position if self.spec.order == "shared" else self.order(device)[position]
+        ids = range(self.num_experiences) if self.spec.order == "shared" else self.order(device)
+        return ids[position]
 
     def experience_of_label(self) -> NDArray[np.int64]:
         """Return the experience in which each label occurs [C], where classes are split."""

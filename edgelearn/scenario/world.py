@@ -106,7 +106,9 @@ class _Index:
 
     def ids(self, device: int, experience_id: int) -> Tensor:
         """Return the sample ids of a device's experience."""
-        group = device if self.domain_size else device * self.num_experiences + experience_id
+        # Indexing the range refuses what would lead to the next device's samples.
+        within = 0 if self.domain_size else range(self.num_experiences)[experience_id]
+        group = device * self.num_experiences + within
         ids = self.sorted_ids[self.starts[group] : self.starts[group + 1]]
         return ids + experience_id * self.domain_size if self.domain_size else ids
 

@@ -64,7 +64,7 @@ class Call:
         """
         inputs = {name: clone(value) for name, value in self.inputs.items()}
         model = self.inputs.get("model")
-        before = _model_state(model)
+        before = model_state(model)
         with global_seed(seed):
             result = call(strategy, self.hook, inputs)
         changed = [
@@ -72,7 +72,7 @@ class Call:
             for name, value in inputs.items()
             if not isinstance(value, Generator) and not same(value, self.inputs[name])
         ]
-        if not same(before, _model_state(model)):
+        if not same(before, model_state(model)):
             changed.append("model")
         return result, changed
 
@@ -111,7 +111,7 @@ def _expect(strategy: ClientStrategy, hook: str, result: Any) -> None:
             f"{type(strategy).__name__}.{hook} returned {type(result).__name__}, expected "
             f"a {expected.__name__}"
         )
-    if hook == "loss" and result.shape != ():
+    if isinstance(result, Tensor) and hook == "loss" and result.shape != ():
         raise StrategyError(
             f"{type(strategy).__name__}.loss returned a tensor of shape {tuple(result.shape)}, "
             "expected a scalar; take its mean or sum"
@@ -279,7 +279,8 @@ def _same_other(one: Any, other: Any) -> bool:
         return True
 
 
-def _model_state(model: Any) -> dict[str, Tensor] | None:
+def model_state(model: Any) -> dict[str, Tensor] | None:
+    """Return copies of what a model holds; None for anything else."""
     if not isinstance(model, FlatModel):
         return None
     return {name: value.clone() for name, value in model.module.state_dict().items()}

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.testing.calls import global_seed
-from edgelearn.testing.checks import CHECKS, Broken, Check, Skipped, Subject
+from edgelearn.testing.checks import CHECKS, Check
+from edgelearn.testing.subject import ANYTHING, Broken, Skipped, Subject
 
-_MARKS = {True: "✓", False: "✗", None: "–"}
+_MARKS = {True: "✓", False: "✗", None: "–"}  # noqa: RUF001
 _WIDTH = 100
 
 
@@ -52,18 +55,12 @@ def check_strategy(make: Callable[..., Any], /, **arguments: Any) -> list[Findin
         finding too, with the file and line: nothing but KeyboardInterrupt leaves this function.
     """
     subject = Subject(make, arguments)
-    findings: list[Finding] = []
-    in_the_way: set[str] = set()
-    for check in CHECKS:
-        first = next((name for name in check.needs if name in in_the_way), None)
-        if first is None:
-            finding = _run(check, subject)
-            if finding.passed is False:
-                in_the_way.add(check.name)
-        else:
-            finding = Finding(check.name, None, f"not checked until {first!r} passes")
-        findings.append(finding)
-    return findings
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as devices do; more would change the order of sums
+    try:
+        return _all_findings(subject)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
@@ -86,6 +83,21 @@ def format_findings(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, total])
 
 
+def _all_findings(subject: Subject) -> list[Finding]:
+    findings: list[Finding] = []
+    in_the_way: set[str] = set()
+    for check in CHECKS:
+        first = next((name for name in check.needs if name in in_the_way), None)
+        if first is None:
+            finding = _run(check, subject)
+            if finding.passed is False:
+                in_the_way.add(check.name)
+        else:
+            finding = Finding(check.name, None, f"not checked until {first!r} passes")
+        findings.append(finding)
+    return findings
+
+
 def _run(check: Check, subject: Subject) -> Finding:
     try:
         with global_seed(0):  # a strategy that draws from it must not disturb its caller
@@ -94,7 +106,7 @@ def _run(check: Check, subject: Subject) -> Finding:
         return Finding(check.name, False, str(verdict))
     except Skipped as verdict:
         return Finding(check.name, None, str(verdict))
-    except (Exception, SystemExit, GeneratorExit) as error:  # a plug-in may raise anything
+    except ANYTHING as error:
         wanted = (inspect.getdoc(check.run) or "").partition("\n")[0].rstrip(".")
         expected = wanted[:1].lower() + wanted[1:]
         return Finding(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.device.learner import DeviceState, Fit, Learner
 from edgelearn.testing.calls import Call, walk
-from edgelearn.testing.toy import ToyDevice, toy_devices, toy_learner
+from edgelearn.testing.toy import NUM_EXPERIENCES, ToyDevice, toy_devices, toy_learner
+
+# Whatever somebody else's code may raise and a check has to report.
+ANYTHING = (Exception, SystemExit, GeneratorExit)
 
 
 class Broken(Exception):  # noqa: N818 - a verdict, not an error
@@ -49,20 +53,23 @@ class Subject:
         """The strategy."""
         return self.learner.strategy
 
-    @cached_property
-    def devices(self) -> list[ToyDevice]:
-        """Three devices with different samples."""
+    def new_devices(self) -> list[ToyDevice]:
+        """Return three devices with different samples, untouched by any strategy."""
         return toy_devices()
+
+    def new_device(self) -> ToyDevice:
+        """Return the first of them."""
+        return self.new_devices()[0]
 
     @cached_property
     def calls(self) -> list[Call]:
-        """Every call of a hook in the life of the first device."""
-        return walk(self.learner, self.devices[0], self.learner.model.initial())
+        """Every call of a hook in the life of one device."""
+        return walk(self.learner, self.new_device(), self.learner.model.initial())
 
     def state_after_one(self, device: ToyDevice) -> tuple[DeviceState, Tensor]:
         """Return a device's state after its first experience, and the parameters [P] then."""
-        params = self.learner.model.initial()
-        fit = self.fit(self.learner.initial_state(device.store), params, device, 0)
+        state, params = self.at_start(device)
+        fit = self.fit(state, params, device, 0)
         params = params + self.learner.model.layout.flatten(fit.update.arrays)
         return self.learner.consolidate(fit.state, params, device, upto=1), params
 
@@ -72,3 +79,46 @@ class Subject:
         """Train a device for a round; it may have been away before."""
         server_round = 2 * position + turn + 1
         return self.learner.fit(state, params, device, position=position, server_round=server_round)
+
+    def at_start(self, device: ToyDevice) -> tuple[DeviceState, Tensor]:
+        """Return the state of a device that has learned nothing yet, and the parameters [P]."""
+        return self.learner.initial_state(device.store), self.learner.model.initial()
+
+    def odd_devices(self) -> Mapping[str, ToyDevice]:
+        """Return devices that have next to nothing, by what they have."""
+        device = self.new_device()
+        return {
+            "no samples": replace(device, ids=tuple(ids[:0] for ids in device.ids)),
+            "a single sample": replace(device, ids=tuple(ids[:1] for ids in device.ids)),
+        }
+
+    def run(
+        self, inspect: Callable[[Fit, DeviceState], None] = lambda _fit, _state: None
+    ) -> tuple[Tensor, list[DeviceState]]:
+        """Let the devices learn all experiences together; the last one misses the first.
+
+        Args:
+            inspect: Called with what each device made of a round.
+
+        Returns:
+            The global parameters [P] and the devices' states at the end.
+        """
+        learner, layout, devices = self.learner, self.learner.model.layout, self.new_devices()
+        params = learner.model.initial()
+        states = [learner.initial_state(device.store) for device in devices]
+        for position in range(NUM_EXPERIENCES):
+            present = devices[:-1] if position == 0 else devices
+            for turn in range(2):
+                deltas = []
+                for device in present:
+                    fit = self.fit(states[device.device], params, device, position, turn)
+                    inspect(fit, fit.state)
+                    states[device.device] = fit.state
+                    deltas.append(layout.flatten(fit.update.arrays))
+                params = params + torch.stack(deltas).mean(0)
+            for device in present:
+                state = states[device.device]
+                states[device.device] = learner.consolidate(
+                    state, params, device, upto=position + 1
+                )
+        return params, states

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from edgelearn.errors import StateError
-from edgelearn.files import digest_of, read_checked, read_json, write_atomic
+from edgelearn.files import digest_of, exclusive, read_checked, read_json, write_atomic
 
 
 def test_write_creates_folders_and_replaces(tmp_path):
@@ -74,3 +77,60 @@ def test_read_json(tmp_path):
             read_json(path)
     with pytest.raises(StateError, match="is missing"):
         read_json(tmp_path / "gone.json")
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path):
+    lock = tmp_path / "run" / "lock"
+    with exclusive(lock, wait_s=0):
+        refused = pytest.raises(StateError, match="run is in use by another process")
+        with refused, exclusive(lock, wait_s=0):
+            pass
+        with exclusive(tmp_path / "other" / "lock", wait_s=0):
+            pass
+    with exclusive(lock, wait_s=0):
+        pass
+
+
+def test_a_lock_is_free_after_a_failure(tmp_path):
+    with pytest.raises(ZeroDivisionError), exclusive(tmp_path / "lock", wait_s=0):
+        _ = 1 / 0
+    with exclusive(tmp_path / "lock", wait_s=0):
+        pass
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from edgelearn.files import exclusive
+with exclusive(Path(sys.argv[1]), wait_s=0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_free_after_its_process_was_killed(tmp_path):
+    lock = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(StateError, match="in use"), exclusive(lock, wait_s=0):
+            pass
+        process.kill()
+    with exclusive(lock, wait_s=5):
+        pass
+
+
+def test_who_waits_gets_the_lock(tmp_path):
+    lock = tmp_path / "lock"
+    got = threading.Event()
+
+    def wait():
+        with exclusive(lock, wait_s=30):
+            got.set()
+
+    thread = threading.Thread(target=wait)
+    with exclusive(lock, wait_s=0):
+        thread.start()
+        assert not got.wait(0.2)
+    thread.join()
+    assert got.is_set()

@@ -15,6 +15,7 @@ from edgelearn.continual.metrics import (
     learning_accuracy,
     scores,
     spread,
+    spread_of_costs,
 )
 
 nan = math.nan
@@ -129,7 +130,7 @@ def test_the_worst_decile(count, tenth):
 
 def test_the_worst_is_the_highest_of_what_should_be_low():
     values = np.array([0.3, nan, 0.1, 0.2])
-    found = spread(values, is_higher_better=False)
+    found = spread_of_costs(values)
     assert (found.worst, found.worst_decile, found.best) == (0.3, 0.3, 0.1)
     assert found.mean == pytest.approx(spread(values).mean)
     assert found.std == pytest.approx(spread(values).std)
@@ -137,7 +138,7 @@ def test_the_worst_is_the_highest_of_what_should_be_low():
 
 def test_the_spread_of_nothing():
     for values in (np.array([]), np.array([nan, nan])):
-        found = spread(values)
-        assert found.num_devices == 0
-        assert math.isnan(found.mean)
-        assert math.isnan(found.worst_decile)
+        for found in (spread(values), spread_of_costs(values)):
+            assert found.num_devices == 0
+            assert math.isnan(found.mean)
+            assert math.isnan(found.worst_decile)

@@ -46,14 +46,14 @@ def mnist(root: Path | str) -> Dataset:
 
 def test_digits():
     data = digits(DataSpec(dataset="digits"))
-    assert data.x_train.shape == (1438, 1, 8, 8)
-    assert data.x_test.shape == (359, 1, 8, 8)
+    assert data.x_train.shape == (1442, 1, 8, 8)
+    assert data.x_test.shape == (355, 1, 8, 8)
     assert data.x_train.dtype == np.uint8
     assert data.y_train.dtype == data.y_test.dtype == np.int64
     assert data.sample_shape == (1, 8, 8)
     assert np.array_equal(np.unique(data.y_train), np.arange(10))
     assert np.bincount(data.y_train).min() > 120
-    assert np.bincount(data.y_test).min() > 20
+    assert set(np.bincount(data.y_test)) <= {34, 35, 36}  # alike for all classes
     assert data.x_train.max() * data.scale == 1.0
     assert data.num_classes == 10
 
@@ -80,7 +80,7 @@ def test_max_train_and_max_test():
     assert np.array_equal(cut.y_train, whole.y_train[:7])
     assert np.array_equal(cut.x_test, whole.x_test[:3])
     assert np.array_equal(cut.y_test, whole.y_test[:3])
-    assert len(load_dataset(DataSpec(dataset="digits", max_train=10**9)).y_train) == 1438
+    assert len(load_dataset(DataSpec(dataset="digits", max_train=10**9)).y_train) == 1442
 
 
 # -- IDX files -------------------------------------------------------------------------------------

@@ -196,7 +196,6 @@ def test_everything_is_missing():
         ("runtime", "name", "int9", "(did you mean 'int8'?)"),
         ("evaluate", "num_devices", 7, "got 7; at most 6 is allowed"),
         ("fleet", "cohort", 7, "got 7; at most 6 is allowed"),
-        ("server", "strategy", "no_such_module_at_all:X", "cannot be imported"),
         ("stream", "order", "perdevice", "did you mean 'per-device'?"),
     ],
 )
@@ -408,8 +407,22 @@ def test_every_value_changes_the_digest(raw):
     scenario = from_dict(raw)
     keys = set(keys_of(scenario.as_dict()))
     assert keys <= set(OTHER), f"give another value for {keys - set(OTHER)}"
+    machine = {"data.root", "data.download"}  # where data lies has no effect on the result
+    for key in machine:
+        assert from_dict(raw, overrides={key: OTHER[key]}).digest == scenario.digest
+    keys -= machine
     digests = {from_dict(raw, overrides={key: OTHER[key]}).digest for key in keys}
     assert len(digests | {scenario.digest}) == len(keys) + 1
+
+
+def test_of_a_plugin_file_the_content_counts_and_not_the_path(raw, tmp_path):
+    digests = []
+    for folder, content in (("a", "X = 1"), ("b", "X = 1"), ("c", "X = 2")):
+        path = tmp_path / folder / "mine.py"
+        path.parent.mkdir()
+        path.write_text(content)
+        digests.append(from_dict(raw, overrides={"client.strategy": f"{path}:X"}).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_digest_does_not_depend_on_the_order_of_keys(raw):

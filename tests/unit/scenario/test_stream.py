@@ -75,6 +75,14 @@ def test_an_experience_of_a_device():
     assert s.experience(7, 2) == Experience(2, order[2], s.classes(order[2]))
 
 
+@pytest.mark.parametrize("order", ["shared", "per-device"])
+def test_the_experience_at_a_position(order):
+    s = stream(order=order)
+    assert tuple(s.experience_id(7, p) for p in range(5)) == s.order(7)
+    with pytest.raises(IndexError):
+        s.experience_id(7, 5)
+
+
 def test_positions_and_rounds():
     s = stream(T=3, rounds=2)
     assert [s.position(r) for r in range(1, 7)] == [0, 0, 1, 1, 2, 2]

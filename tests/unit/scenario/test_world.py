@@ -155,3 +155,13 @@ def test_more_sample_ids_than_int32_holds(monkeypatch, raw):
     monkeypatch.setattr("edgelearn.scenario.world.load_dataset", lambda _spec: dataset)
     with pytest.raises(ScenarioError, match=r"got 1000; samples x experiences .* below 2\*\*31"):
         build(from_dict(raw))
+
+
+@pytest.mark.parametrize("order", ["shared", "per-device"])
+@pytest.mark.parametrize("kind", ["class-incremental", "domain-incremental"])
+def test_beyond_the_end_of_the_stream_there_is_nothing(raw, order, kind):
+    world = made(raw, stream__order=order, stream__kind=kind)
+    with pytest.raises(IndexError):
+        world.train_samples(0, 5)  # not the next device's first experience
+    with pytest.raises(IndexError):
+        world.test_samples(0, 5).batch()

@@ -1,0 +1,99 @@
+"""Laws of integer quantization, for any finite float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from torch import nn
+
+from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.params import FlatModel
+from edgelearn.runtime.int8 import Int8Runtime
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+MODERATE = st.floats(-1e4, 1e4, width=32)
+# The bound is stated for real numbers: float32 rounds the quotient and the product once each.
+SLACK = 1e-5
+
+
+@given(arrays(np.float32, array_shapes(min_dims=2, max_dims=4, max_side=6), elements=FINITE))
+def test_a_weight_comes_back_within_half_a_step(values: np.ndarray) -> None:
+    weight = torch.from_numpy(values)
+    codes, scale = quantize_weight(weight)
+    assert codes.dtype == torch.int8
+    assert int(codes.abs().max()) <= 127
+    assert bool((scale > 0).all())
+    per_channel = scale.double().view(-1, *[1] * (weight.dim() - 1))
+    error = (weight.double() - codes.double() * per_channel).abs()
+    assert bool((error <= per_channel * (0.5 + SLACK)).all())
+
+
+@given(arrays(np.float32, (3, 5), elements=FINITE), st.sampled_from([0.5, 2.0, 1024.0]))
+def test_codes_do_not_depend_on_the_unit(values: np.ndarray, factor: float) -> None:
+    weight = torch.from_numpy(values)
+    largest = weight.abs().amax(1)
+    if not bool(((largest > 1e-30) & (largest < 1e30)).all()):
+        return
+    codes, scale = quantize_weight(weight)
+    scaled_codes, scaled = quantize_weight(weight * factor)
+    assert torch.equal(codes, scaled_codes)
+    assert torch.equal(scale * factor, scaled)
+
+
+@given(FINITE, FINITE)
+def test_zero_is_exact_and_codes_fit_eight_bits(one: float, other: float) -> None:
+    low, high = (torch.tensor(v, dtype=torch.float32) for v in sorted((one, other)))
+    if not bool(torch.isfinite(high - low)):
+        return
+    step, zero = activation_scale(low, high)
+    assert float(step) > 0
+    assert 0 <= float(zero) <= 255
+    assert float(zero) == round(float(zero))
+
+
+@given(MODERATE, MODERATE, arrays(np.float32, 8, elements=st.floats(0, 1, width=32)))
+def test_an_activation_within_its_range_comes_back_within_a_step(
+    one: float, other: float, shares: np.ndarray
+) -> None:
+    low, high = min(one, other, 0.0), max(one, other, 0.0)
+    x = torch.from_numpy(low + shares.astype(np.float64) * (high - low)).float()
+    step, zero = activation_scale(torch.tensor(low).float(), torch.tensor(high).float())
+    codes = torch.clamp(torch.round(x / step) + zero, 0, 255)
+    error = (x.double() - (codes.double() - zero.double()) * step.double()).abs()
+    # Half a step by rounding, half a step at the ends by the rounded zero point.
+    assert bool((error <= float(step) * (1 + SLACK) + 1e-30).all())
+
+
+@given(
+    arrays(np.float32, (4, 6), elements=MODERATE),
+    arrays(np.float32, 4, elements=MODERATE),
+    arrays(np.float32, (5, 6), elements=MODERATE),
+    st.booleans(),
+)
+def test_answers_are_finite_and_near_the_float_ones(
+    weight: np.ndarray, bias: np.ndarray, inputs: np.ndarray, calibrated: bool
+) -> None:
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias))
+    model, x = FlatModel(layer), torch.from_numpy(inputs)
+    predict = Int8Runtime().prepare(model, model.initial()).calibrated(x[: 5 if calibrated else 0])
+    with torch.no_grad():
+        exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+        found = predict(x).double()
+    assert bool(torch.isfinite(found).all())
+    # |sum x w - sum x' w'| <= sum |x - x'| |w| + |x'| |w - w'|, and the bias rounds by half a unit.
+    spread = max(float(x.max()), 0.0) - min(float(x.min()), 0.0)
+    x_step, w_step = (
+        max(spread / 255, 1.0 if spread < 1e-36 else 0.0),
+        layer.weight.abs().amax(1) / 127,
+    )
+    reach = x.abs().double().sum(1, keepdim=True) + 6 * x_step
+    bound = x_step * layer.weight.abs().double().sum(1) + reach * w_step.double() / 2
+    bound = bound + x_step * w_step.double().clamp(min=1e-30) + 1e-3 * (1 + exact.abs())
+    if float(spread) > 1e-3 and float(w_step.min()) > 1e-3:  # else the bias code may saturate
+        assert bool(((found - exact).abs() <= bound).all())

@@ -1,0 +1,274 @@
+"""The state of a simulated fleet: two generations, transactions, and damage that is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
+from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
+from edgelearn.device.learner import DeviceState
+from edgelearn.errors import StateError
+
+DECLARATION: Declaration = {
+    "buffer": SampleSpec(5),
+    "fisher": TensorSpec((3, 7)),
+    "seen": TensorSpec((4,), torch.int64),
+    "flags": TensorSpec((2, 2), torch.bool),
+    "half": TensorSpec((3,), torch.bfloat16),
+    "one": TensorSpec((), torch.float64),
+    "none": TensorSpec((0,)),
+}
+
+
+def state(seed: int, *, begun: int = 1, consolidated: int = 0) -> DeviceState:
+    generator = torch.Generator().manual_seed(seed)
+    return DeviceState(
+        Memory(
+            {
+                "buffer": torch.randint(-1, 100, (5,), generator=generator, dtype=torch.int32),
+                "fisher": torch.randn(3, 7, generator=generator),
+                "seen": torch.randint(0, 2**40, (4,), generator=generator),
+                "flags": torch.rand(2, 2, generator=generator) > 0.5,
+                "half": torch.randn(3, generator=generator).bfloat16(),
+                "one": torch.randn((), generator=generator, dtype=torch.float64),
+                "none": torch.zeros(0),
+            }
+        ),
+        begun,
+        consolidated,
+    )
+
+
+def assert_same(one: DeviceState, other: DeviceState) -> None:
+    assert (one.begun, one.consolidated) == (other.begun, other.consolidated)
+    assert list(one.memory) == list(other.memory)
+    for name, value in one.memory.items():
+        assert value.dtype == other.memory[name].dtype
+        assert torch.equal(value, other.memory[name]), name
+
+
+def put(store: FleetStore, device: int, value: DeviceState) -> None:
+    _, slot = store.slots(device)
+    store.written(device, store.file.write(device, slot, value))
+
+
+def get(store: FleetStore, device: int) -> DeviceState:
+    slot, _ = store.slots(device)
+    assert slot != UNWRITTEN
+    return store.file.read(device, slot, None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "devices.bin"
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def test_records_do_not_overlap_and_lie_on_cache_lines() -> None:
+    layout = RecordLayout.of(DECLARATION)
+    places = [*zip(layout.offsets, DECLARATION.values(), strict=True)]
+    assert all(offset % 64 == 0 for offset in layout.offsets)
+    ends = [offset + spec.stored_bytes for offset, spec in places]
+    assert all(end <= start for end, start in zip(ends, layout.offsets[1:], strict=False))
+    assert ends[-1] <= layout.size
+    assert layout.offsets[0] >= 16  # begun and consolidated come first
+
+
+def test_every_dtype_and_shape_comes_back_bit_by_bit(path: Path) -> None:
+    layout = RecordLayout.of(DECLARATION)
+    RecordFile.create(path, layout, 3)
+    file = RecordFile(path, layout, 3)
+    written = {
+        (d, s): state(10 * d + s, begun=d + 1, consolidated=s) for d in range(3) for s in (0, 1)
+    }
+    for (device, slot), value in written.items():
+        file.write(device, slot, value)
+    for (device, slot), value in written.items():
+        assert_same(file.read(device, slot, None), value)
+
+
+def test_what_is_read_is_a_copy(path: Path) -> None:
+    layout = RecordLayout.of(DECLARATION)
+    RecordFile.create(path, layout, 1)
+    file = RecordFile(path, layout, 1)
+    file.write(0, 0, state(1))
+    read = file.read(0, 0, None)
+    file.write(0, 0, state(2))
+    assert_same(read, state(1))
+    read.memory["fisher"].add_(1)
+    assert_same(file.read(0, 0, None), state(2))
+
+
+def test_tensors_with_gradients_or_strides_can_be_written(path: Path) -> None:
+    layout = RecordLayout.of({"a": TensorSpec((3, 2))})
+    RecordFile.create(path, layout, 1)
+    file = RecordFile(path, layout, 1)
+    value = torch.arange(6.0).view(2, 3).T.requires_grad_()
+    file.write(0, 0, DeviceState(Memory({"a": value})))
+    assert torch.equal(file.read(0, 0, None).memory["a"], value.detach())
+
+
+def test_another_process_sees_what_was_written(path: Path) -> None:
+    layout = RecordLayout.of(DECLARATION)
+    RecordFile.create(path, layout, 2)
+    one, other = RecordFile(path, layout, 2), RecordFile(path, layout, 2)
+    checksum = one.write(1, 0, state(4))
+    assert_same(other.read(1, 0, None), state(4))
+    assert other.checksum(1, 0) == checksum
+
+
+def test_a_fleet_that_did_nothing_costs_no_disk(path: Path) -> None:
+    layout = RecordLayout.of({"fisher": TensorSpec((10_000,))})
+    RecordFile.create(path, layout, 1000)
+    assert path.stat().st_size == 2 * 1000 * layout.size
+    assert path.stat().st_blocks * 512 < 2**20
+
+
+# -- transactions ----------------------------------------------------------------------------------
+
+
+def test_a_new_device_has_nothing_to_read(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 2)
+    assert store.slots(1) == (UNWRITTEN, 0)
+
+
+def test_within_a_transaction_a_device_reads_what_it_wrote(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 2)
+    put(store, 1, state(1))
+    assert_same(get(store, 1), state(1))
+    put(store, 1, state(2))
+    assert_same(get(store, 1), state(2))
+    assert store.slots(0) == (UNWRITTEN, 0)
+
+
+def test_two_generations_take_turns(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 1)
+    slots = []
+    for seed in range(4):
+        put(store, 0, state(seed))
+        slots.append(store.slots(0)[0])
+        live, checksums = store.commit()
+        assert live[0] == slots[-1]
+        assert checksums[0] == store.file.checksum(0, slots[-1])
+        assert_same(get(store, 0), state(seed))
+    assert slots == [0, 1, 0, 1]
+
+
+def test_uncommitted_writes_are_invisible_to_who_reopens_with_the_old_tables(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 3)
+    put(store, 0, state(1))
+    put(store, 1, state(2))
+    tables = store.commit()
+    put(store, 0, state(3))  # these are lost in a crash
+    put(store, 0, state(4))
+    put(store, 2, state(5))
+    again = FleetStore(path, DECLARATION, 3, tables)
+    assert_same(get(again, 0), state(1))
+    assert_same(get(again, 1), state(2))
+    assert again.slots(2) == (UNWRITTEN, 0)
+
+
+def test_a_crash_between_commit_and_checkpoint_leaves_the_old_tables_readable(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 1)
+    put(store, 0, state(1))
+    tables = store.commit()
+    put(store, 0, state(2))
+    store.commit()  # but these tables never reached a checkpoint
+    assert_same(get(FleetStore(path, DECLARATION, 1, tables), 0), state(1))
+
+
+def test_after_reopening_one_can_go_on(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 2)
+    put(store, 0, state(1))
+    tables = store.commit()
+    put(store, 0, state(2))
+    again = FleetStore(path, DECLARATION, 2, tables)
+    put(again, 0, state(3))
+    put(again, 1, state(4))
+    third = FleetStore(path, DECLARATION, 2, again.commit())
+    assert_same(get(third, 0), state(3))
+    assert_same(get(third, 1), state(4))
+
+
+def test_tables_are_copies(path: Path) -> None:
+    store = FleetStore(path, DECLARATION, 1)
+    put(store, 0, state(1))
+    live, checksums = store.commit()
+    live[0], checksums[0] = 1, 0
+    assert store.slots(0) == (0, 1)
+    tables = store.commit()
+    put(store, 0, state(2))
+    store.commit()
+    assert tables[0][0] == 0
+
+
+def test_a_fleet_that_remembers_nothing_still_knows_how_far_it_is(path: Path) -> None:
+    store = FleetStore(path, {}, 2)
+    put(store, 1, DeviceState(Memory({}), 3, 2))
+    found = get(FleetStore(path, {}, 2, store.commit()), 1)
+    assert (found.begun, found.consolidated, len(found.memory)) == (3, 2, 0)
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+
+def committed(path: Path) -> tuple[FleetStore, tuple[np.ndarray, np.ndarray]]:
+    store = FleetStore(path, DECLARATION, 3)
+    for device in range(3):
+        put(store, device, state(device))
+    return store, store.commit()
+
+
+@pytest.mark.parametrize("offset", [0, 8, 64, 200])
+def test_a_damaged_record_is_named_with_its_device(path: Path, offset: int) -> None:
+    store, tables = committed(path)
+    with path.open("r+b") as file:
+        place = 2 * 1 * store.layout.size + offset
+        file.seek(place)
+        old = file.read(1)
+        file.seek(place)
+        file.write(bytes([old[0] ^ 1]))
+    with pytest.raises(StateError, match=r"devices\.bin: the state of device 1 is damaged"):
+        FleetStore(path, DECLARATION, 3, tables)
+
+
+def test_damage_in_a_slot_that_is_not_live_does_not_matter(path: Path) -> None:
+    store, tables = committed(path)
+    with path.open("r+b") as file:
+        file.seek((2 * 1 + 1) * store.layout.size)
+        file.write(b"torn by a crash")
+    assert_same(get(FleetStore(path, DECLARATION, 3, tables), 1), state(1))
+
+
+def test_a_truncated_file_is_named(path: Path) -> None:
+    _, tables = committed(path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(StateError, match=rf"devices\.bin: .* {size - 1} bytes, expected {size}"):
+        FleetStore(path, DECLARATION, 3, tables)
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    _, tables = committed(path)
+    path.unlink()
+    with pytest.raises(StateError, match=r"devices\.bin: .* missing"):
+        FleetStore(path, DECLARATION, 3, tables)
+
+
+def test_tables_of_another_fleet_are_refused(path: Path) -> None:
+    _, tables = committed(path)
+    with pytest.raises(StateError, match="the checkpoint has 3 devices, the fleet 4"):
+        FleetStore(path, DECLARATION, 4, tables)
+
+
+def test_a_file_of_another_strategy_is_refused(path: Path) -> None:
+    _, tables = committed(path)
+    with pytest.raises(StateError, match="damaged or of another run"):
+        FleetStore(path, {"anchor": TensorSpec((1000,))}, 3, tables)
