@@ -92,9 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", _check, "check a client strategy against the contract")
     check.add_argument("strategy", help="name, file.py:Class or module:Class")
 
-    deploy = _command(commands, "deploy", _deploy, "prepare a real fleet: certificates and keys")
+    deploy = _command(commands, "deploy", _deploy, "write all that a real fleet needs")
     deploy.add_argument("action", choices=("init",))
-    deploy.add_argument("directory", help="new folder for certificates and keys")
+    deploy.add_argument("directory", help="new folder")
+    deploy.add_argument(
+        "--host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        dest="hosts",
+        help="name or address by which devices reach the server (repeatable)",
+    )
     deploy.add_argument("-n", "--devices", type=int, default=2, help="devices (default: 2)")
     return parser
 
@@ -357,11 +365,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _new(options: argparse.Namespace) -> int:
-    from edgelearn.testing.template import write_strategy
+    from edgelearn.testing.template import class_name, write_strategy
 
     path = write_strategy(options.name, Path())
-    print(path.read_text(encoding="utf-8").partition('"""')[0], end="")
-    print(f"{path}: a working strategy; read it, change it, then: edgelearn check {path}:CLASS")
+    reference = f"{path}:{class_name(options.name)}"
+    print(f"{path}: a working strategy with comments. Change it, then:")
+    print(f"  edgelearn check {reference}")
+    print(f"  edgelearn run split-digits --client {reference}")
     return DONE
 
 
@@ -375,10 +385,12 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _deploy(options: argparse.Namespace) -> int:
-    from edgelearn.deploy.init import init_deployment
+    from edgelearn.deploy.deployment import init_deployment
 
-    for path in init_deployment(Path(options.directory), num_devices=options.devices):
-        print(path)
+    folder = init_deployment(
+        options.directory, num_devices=options.devices, hosts=tuple(options.hosts)
+    )
+    print(f"{folder}: certificates, keys and docker-compose.yml for {options.devices} device(s)")
     return DONE
 
 

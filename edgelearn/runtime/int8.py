@@ -116,7 +116,7 @@ class Int8Prepared:
         skeleton: nn.Module,
         layers: Mapping[str, Layer],
     ) -> None:
-        self._model, self._params = model, params.clone()
+        self._model, self._params = model, params.detach().clone()
         self._skeleton, self._layers = skeleton, layers
         views = model.layout.views(self._params)
         stored = _stored_names(model.module)

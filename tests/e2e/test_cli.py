@@ -105,7 +105,7 @@ def test_new_check_and_run_a_strategy_of_ones_own(tmp_path: Path) -> None:
     reference = f"{file.name}:{name[1]}"
     edgelearn("check", reference, cwd=tmp_path)
     edgelearn("run", "split-digits", *SMALL, "--client", reference, "--out", "out", cwd=tmp_path)
-    edgelearn("new", "strategy", "my-strategy", cwd=tmp_path, code=1)  # never overwritten
+    edgelearn("new", "strategy", "my-strategy", cwd=tmp_path, code=2)  # never overwritten
     file.write_text(
         file.read_text().replace(
             "def loss(", "def loss(self, *_):\n        return 1\n\n    def other("

@@ -40,6 +40,8 @@ def test_contents(wheel: zipfile.ZipFile) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"edgelearn"}
     for needed in (
         "edgelearn/py.typed",
+        "edgelearn/report/page.css",
+        "edgelearn/testing/strategy.py.txt",
         "edgelearn/scenario/data/digits.npz",
         "edgelearn/scenario/data/LICENSES.md",
         "edgelearn/_scenarios/split-digits.toml",
