@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
@@ -24,23 +23,18 @@ from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
-from edgelearn.fleet.cohort import CohortExecutor
-from edgelearn.fleet.grid import FleetGrid
 from edgelearn.fleet.jobs import Engine
 from edgelearn.fleet.plan import Plan, make_plan
 from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
-from edgelearn.params import Layout
+from edgelearn.fleet.simulated import SimulatedFleet, tables_of
+from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World, build
-from edgelearn.seeds import numpy_generator
 
-from flwr.app import Message  # isort: skip
-from flwr.serverapp import Grid  # isort: skip
+from flwr.serverapp.strategy import Strategy  # isort: skip
 
 OnRound = Callable[[Progress], None]
-_MAX_WAITS = 1000
-_WAIT_S = 60.0
 
 
 def simulate(
@@ -72,13 +66,15 @@ def simulate(
     options = _Options(engine, num_workers, on_round, checkpoint_every_s)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="edgelearn-") as scratch:
-            return _run(scenario, MemoryJournal(), Path(scratch), options, None)[1]
+            return _run(_prepare(scenario, options), MemoryJournal(), Path(scratch), None)[1]
     directory = Path(out)
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunError(f"{directory} is not empty; to go on with the run in it, resume it")
-    world = build(scenario)  # before anything is written: faults leave nothing behind
-    rundir.begin(directory, scenario)
-    return _run_in(directory, scenario, world, options, None)
+    setup = _prepare(scenario, options)  # before anything is written: faults leave nothing behind
+    directory.mkdir(parents=True, exist_ok=True)
+    with rundir.locked(directory):
+        rundir.begin(directory, scenario)
+        return _run_in(directory, setup, None)
 
 
 def resume(
@@ -100,149 +96,88 @@ def resume(
     if (record := rundir.finished(directory)) is not None:
         return record
     options = _Options(engine, num_workers, on_round, checkpoint_every_s)
-    checkpoint = FileJournal(directory).resume()
-    return _run_in(directory, scenario, build(scenario), options, checkpoint)
+    with rundir.locked(directory):
+        checkpoint = FileJournal(directory).resume()
+        return _run_in(directory, _prepare(scenario, options), checkpoint)
 
 
+@dataclass(frozen=True, slots=True)
 class _Options:
     """How to run, without effect on the result."""
 
-    def __init__(
-        self,
-        engine: str,
-        num_workers: int | None,
-        on_round: OnRound | None,
-        checkpoint_every_s: float,
-    ) -> None:
-        self.engine = engine
-        self.num_workers = num_workers
-        self.on_round = on_round
-        self.checkpoint_every_s = checkpoint_every_s
+    engine: str
+    num_workers: int | None
+    on_round: OnRound | None
+    checkpoint_every_s: float
 
 
-def _run_in(
-    directory: Path,
-    scenario: Scenario,
-    world: World,
-    options: _Options,
-    checkpoint: Checkpoint | None,
-) -> RunRecord:
-    journal = FileJournal(directory)
-    params, record = _run(scenario, journal, directory, options, checkpoint, world)
-    rundir.write_model(directory, world.model().layout, params)
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """All that a run is built from, each part checked."""
+
+    world: World
+    learner: Learner
+    strategy: Strategy
+    profiles: tuple[Profile, ...]
+    plan: Plan
+    options: _Options
+
+
+def _prepare(scenario: Scenario, options: _Options) -> _Setup:
+    compat.quieten()
+    world = build(scenario)
+    learner = make_learner(world)
+    make_runtime(scenario.runtime.name, scenario.runtime.args)
+    profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
+    _check_budgets(learner, profiles, scenario)
+    plan = make_plan(world, engine=options.engine, num_workers=options.num_workers)
+    return _Setup(world, learner, make_server_strategy(scenario), profiles, plan, options)
+
+
+def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> RunRecord:
+    params, record = _run(setup, FileJournal(directory), directory, checkpoint)
+    rundir.write_model(directory, setup.learner.model.layout, params)
     return record
 
 
 def _run(
-    scenario: Scenario,
-    journal: Journal,
-    directory: Path,
-    options: _Options,
-    checkpoint: Checkpoint | None,
-    world: World | None = None,
+    setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
 ) -> tuple[Tensor, RunRecord]:
     started, cpu = time.perf_counter(), rundir.cpu_s()
-    compat.quieten()
-    world = world or build(scenario)
-    learner = make_learner(world)
-    strategy = make_server_strategy(scenario)
-    profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
-    _check_budgets(learner, profiles, scenario)
-    plan = make_plan(world, engine=options.engine, num_workers=options.num_workers)
-    tables = None
-    if checkpoint is not None:
-        tables = _tables(checkpoint.tensors)
+    world, learner, plan = setup.world, setup.learner, setup.plan
+    scenario = world.scenario
     store = FleetStore(
-        directory / "devices.bin", learner.declaration, scenario.fleet.num_devices, tables
+        directory / "devices.bin",
+        learner.declaration,
+        scenario.fleet.num_devices,
+        None if checkpoint is None else tables_of(checkpoint.tensors),
     )
     with _engine(world, store, plan) as engine:
         if checkpoint is None:
             journal.append(rundir.run_line(scenario, world, learner, engine_of(plan)))
-        fleet = SimulatedFleet(world, engine, store, profiles, learner.model.layout, plan)
+        fleet = SimulatedFleet(
+            world,
+            engine,
+            store,
+            setup.profiles,
+            learner.model.layout,
+            flops_per_sample=plan.flops_per_sample,
+        )
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,
             layout=learner.model.layout,
-            strategy=strategy,
+            strategy=setup.strategy,
             grid=fleet.grid,
             fleet=fleet,
             journal=journal,
-            on_round=options.on_round,
-            checkpoint_every_s=options.checkpoint_every_s,
+            on_round=setup.options.on_round,
+            checkpoint_every_s=setup.options.checkpoint_every_s,
         )
         params = loop.run(learner.model.initial(), checkpoint)
     wall_s, used_s = time.perf_counter() - started, rundir.cpu_s() - cpu
     journal.append(rundir.end_line(scenario, loop.totals(), wall_s=wall_s, cpu_s=used_s))
     return params, journal.record()
-
-
-class SimulatedFleet:
-    """The fleet as the round loop sees it: a grid, who can be reached, and durable state."""
-
-    def __init__(
-        self,
-        world: World,
-        engine: Engine,
-        store: FleetStore,
-        profiles: Sequence[Profile],
-        layout: Layout,
-        plan: Plan,
-    ) -> None:
-        self._scenario, self._store = world.scenario, store
-        self._availability = np.array([profile.availability for profile in profiles])
-        executor = CohortExecutor(
-            world, engine, store, profiles, layout, flops_per_sample=plan.flops_per_sample
-        )
-        self.grid = FleetGrid(executor, num_devices=len(profiles), seed=world.scenario.seed)
-
-    @property
-    def clock_s(self) -> float:
-        """Virtual time."""
-        return self.grid.clock_s
-
-    def roster(self) -> Mapping[int, int]:
-        """Return node id -> device, for the devices that can be reached now."""
-        return {device + 1: device for device in self.grid.available}
-
-    def begin_round(self, server_round: int, *, min_devices: int) -> None:
-        """Draw who can be reached; while they are too few, let virtual time pass.
-
-        Raises:
-            RunError: If they stay too few.
-        """
-        for attempt in range(_MAX_WAITS):
-            generator = numpy_generator(self._scenario.seed, "availability", server_round, attempt)
-            reachable = generator.random(len(self._availability)) < self._availability
-            if reachable.sum() >= min_devices:
-                self.grid.available = [int(d) for d in np.flatnonzero(reachable)]
-                return
-            self.grid.clock_s += _WAIT_S
-        raise RunError(
-            f"round {server_round}: {min_devices} devices are needed but only about "
-            f"{self._availability.sum():.0f} of {len(self._availability)} can be reached at a time"
-        )
-
-    def collect(self, grid: Grid, message_ids: Sequence[str]) -> Iterable[Message]:  # noqa: ARG002
-        """Let virtual time pass until the replies are here."""
-        self.grid.advance(message_ids)
-        return self.grid.pull_messages(message_ids)
-
-    def commit(self) -> Mapping[str, Tensor]:
-        """Make the devices' new states durable; return the tables of the store."""
-        live, checksums = self._store.commit()
-        return {
-            "fleet.live": torch.from_numpy(live),
-            "fleet.checksums": torch.from_numpy(checksums.astype(np.int64)),
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], clock_s: float) -> None:  # noqa: ARG002
-        """Set the clock; the store was opened with its tables."""
-        self.grid.clock_s = clock_s
-
-
-def _tables(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    live = tensors["fleet.live"].numpy()
-    return live, tensors["fleet.checksums"].numpy().astype(np.uint32)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,99 @@
+"""A simulated fleet as the round loop sees it: a grid, who can be reached, durable state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelearn.device.fleet_store import FleetStore
+from edgelearn.device.profile import Profile
+from edgelearn.errors import RunError
+from edgelearn.fleet.cohort import CohortExecutor
+from edgelearn.fleet.grid import FleetGrid
+from edgelearn.fleet.jobs import Engine
+from edgelearn.params import Layout
+from edgelearn.scenario.world import World
+from edgelearn.seeds import numpy_generator
+
+from flwr.app import Message  # isort: skip
+from flwr.serverapp import Grid  # isort: skip
+
+_MAX_WAITS = 1000
+_WAIT_S = 60.0
+
+
+class SimulatedFleet:
+    """The fleet as the round loop sees it: a grid, who can be reached, and durable state."""
+
+    def __init__(
+        self,
+        world: World,
+        engine: Engine,
+        store: FleetStore,
+        profiles: Sequence[Profile],
+        layout: Layout,
+        *,
+        flops_per_sample: float,
+    ) -> None:
+        self._scenario, self._store = world.scenario, store
+        self._availability = np.array([profile.availability for profile in profiles])
+        executor = CohortExecutor(
+            world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
+        )
+        self.grid = FleetGrid(executor, num_devices=len(profiles), seed=world.scenario.seed)
+
+    @property
+    def clock_s(self) -> float:
+        """Virtual time."""
+        return self.grid.clock_s
+
+    def roster(self) -> Mapping[int, int]:
+        """Return node id -> device, for the devices that can be reached now."""
+        return {device + 1: device for device in self.grid.available}
+
+    def begin_round(self, server_round: int, *, min_devices: int) -> None:
+        """Draw who can be reached; while they are too few, let virtual time pass.
+
+        Raises:
+            RunError: If they stay too few.
+        """
+        for attempt in range(_MAX_WAITS):
+            generator = numpy_generator(self._scenario.seed, "availability", server_round, attempt)
+            reachable = generator.random(len(self._availability)) < self._availability
+            if reachable.sum() >= min_devices:
+                self.grid.available = [int(d) for d in np.flatnonzero(reachable)]
+                return
+            self.grid.clock_s += _WAIT_S
+        raise RunError(
+            f"round {server_round}: {min_devices} devices are needed but only about "
+            f"{self._availability.sum():.0f} of {len(self._availability)} can be reached at a time"
+        )
+
+    def collect(self, grid: Grid, message_ids: Sequence[str]) -> Iterable[Message]:  # noqa: ARG002
+        """Let virtual time pass until the replies are here."""
+        self.grid.advance(message_ids)
+        return self.grid.pull_messages(message_ids)
+
+    def commit(self) -> Mapping[str, Tensor]:
+        """Make the devices' new states durable; return the tables of the store."""
+        live, checksums = self._store.commit()
+        return {
+            "fleet.live": torch.from_numpy(live),
+            "fleet.checksums": torch.from_numpy(checksums.astype(np.int64)),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], clock_s: float) -> None:  # noqa: ARG002
+        """Set the clock; the store was opened with its tables."""
+        self.grid.clock_s = clock_s
+
+
+def tables_of(
+    tensors: Mapping[str, Tensor],
+) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    """Return the tables of the store from what `SimulatedFleet.commit` returned."""
+    live = tensors["fleet.live"].numpy()
+    return live, tensors["fleet.checksums"].numpy().astype(np.uint32)
