@@ -55,7 +55,8 @@ class Progress:
         num_rounds: Rounds of the run.
         position: Position in the stream.
         accuracy: Served model, over the experiences seen so far; NaN if not measured.
-        forgetting: Mean drop from the best accuracy so far, of earlier experiences; NaN if none.
+        forgetting: Mean drop of earlier experiences from their best at the end of an experience;
+            NaN if there are none.
         num_bytes: Bytes moved so far, both ways.
         outcomes: What became of the cohort.
     """
@@ -404,8 +405,9 @@ class RoundLoop:
                 accuracy = float(np.mean(list(shares.values())))
             past = [self._best[j] - shares[j] for j in shares if j in self._best and j < here[-1]]
             drop = float(np.mean(past)) if past else float("nan")
-            for j, share in shares.items():
-                self._best[j] = max(self._best.get(j, 0.0), share)
+            if self.stream.ends_experience(line["round"]):  # as the accuracy matrix has it
+                for j, share in shares.items():
+                    self._best[j] = max(self._best.get(j, 0.0), share)
         elif seen is not None and sum(seen["count"]):
             accuracy = sum(seen["served"]) / sum(seen["count"])
         if self.on_round is not None:
