@@ -116,10 +116,12 @@ class ResidentDevice:
             Number of samples of the experience at the position, and the new state.
         """
         stored = self._load()
+        count = len(self._world.train_samples(self._device, position))
+        if stored.state.consolidated > position:
+            return count, stored
         with _one_thread():
             data = self._reach(stored, position)
             state = self._learner.consolidate(stored.state, params, data, upto=position + 1)
-        count = len(data.samples(position))
         return count, self._forget(replace(stored, state=state), data)
 
     def evaluate(self, params: Tensor, *, position: int) -> Counts:

@@ -22,6 +22,7 @@ from flwr.app import Message, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
 
 _POLL_S = 0.5
+_HELLO_TTL_S = 60.0
 
 
 class NetworkGrid(Grid):
@@ -129,6 +130,7 @@ class NetworkFleet:
         self._inner, self._scenario = grid, scenario
         self._wait_s, self._round_timeout_s = wait_s, round_timeout_s
         self._known: dict[int, int] = {}
+        self._greeted: dict[str, int] = {}
         self._roster: dict[int, int] = {}
         self._is_complete = False
         self._offers = 0
@@ -142,7 +144,7 @@ class NetworkFleet:
 
     def roster(self) -> Mapping[int, int]:
         """Return node id -> device, for the nodes that can be reached now."""
-        self._roster = self._reachable(self._wait_s)
+        self._roster = self._reachable()
         self._offers = 0
         return self._roster
 
@@ -155,7 +157,7 @@ class NetworkFleet:
         num_devices = self._scenario.fleet.num_devices
         wanted = min_devices if self._is_complete else num_devices
         until = time.monotonic() + self._wait_s
-        while len(found := self._reachable(until - time.monotonic())) < wanted:
+        while len(found := self._reachable()) < wanted:
             if time.monotonic() >= until:
                 missing = sorted(set(range(num_devices)) - set(found.values()))
                 listed = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
@@ -191,15 +193,18 @@ class NetworkFleet:
                 f"be reached (the fleet has {self._scenario.fleet.num_devices})"
             )
         else:
-            self._roster.update(self._reachable(self._wait_s))
+            self._roster.update(self._reachable())
         self._offers += 1
         return sorted(self._roster, key=self._roster.__getitem__)
 
-    def _reachable(self, timeout_s: float) -> dict[int, int]:
-        """Return node id -> device of all nodes that are here, in the order of devices."""
+    def _reachable(self) -> dict[int, int]:
+        """Return node id -> device of the nodes that are here, in the order of devices.
+
+        Nodes that were not asked yet are asked; they count once they have answered.
+        """
         online = set(self._inner.get_node_ids())
-        if strangers := sorted(online - set(self._known)):
-            self._greet(strangers, timeout_s)
+        self._greet(sorted(online - set(self._known) - set(self._greeted.values())))
+        self._hear()
         found = {node: self._known[node] for node in online if node in self._known}
         owners: dict[int, int] = {}
         for node, device in sorted(found.items()):
@@ -215,18 +220,25 @@ class NetworkFleet:
     def _is_ours(self, device: int) -> bool:
         return device < self._scenario.fleet.num_devices
 
-    def _greet(self, nodes: Sequence[int], timeout_s: float) -> None:
-        """Ask nodes which device they are; who does not answer is asked again next time."""
+    def _greet(self, nodes: Sequence[int]) -> None:
+        """Ask nodes which device they are. The question expires, and is then asked again."""
+        if not nodes:
+            return
         config = wire.instruction(digest=self._scenario.digest, server_round=0, position=0)
         content = RecordDict({wire.CONFIG: config})
-        ids = list(self.grid.push_messages([Message(content, n, wire.HELLO) for n in nodes]))
-        asked = dict(zip(ids, nodes, strict=True))
-        for reply in receive(self.grid, ids, timeout_s=max(timeout_s, _POLL_S)):
-            node = asked[reply.metadata.reply_to_message_id]
+        questions = [Message(content, node, wire.HELLO, ttl=_HELLO_TTL_S) for node in nodes]
+        self._greeted.update(zip(self.grid.push_messages(questions), nodes, strict=True))
+
+    def _hear(self) -> None:
+        """Take in what nodes have said of themselves."""
+        if not self._greeted:
+            return
+        for reply in self.grid.pull_messages(sorted(self._greeted)):
+            node = self._greeted.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
-                if reply.error.code in _AWAY:
-                    continue
-                raise RunError(f"node {node} can't take part: {reply.error.reason}")
+                if reply.error.code not in _AWAY:
+                    raise RunError(f"node {node} can't take part: {reply.error.reason}")
+                continue
             device = wire.metrics_of(reply).get("device")
             if type(device) is not int or device < 0:
                 raise RunError(f"node {node} does not say which device it is, but {device!r}")

@@ -16,6 +16,7 @@ from edgelearn import plugins
 from edgelearn.errors import Fault, ScenarioError, StateError, nearest
 from edgelearn.scenario.spec import Scenario
 
+from flwr.app import Array, ArrayRecord  # isort: skip
 from flwr.serverapp import strategy as flower  # isort: skip
 from flwr.serverapp.strategy import Strategy  # isort: skip
 
@@ -31,8 +32,9 @@ def strategy_names() -> tuple[str, ...]:
 def make_server_strategy(scenario: Scenario) -> Strategy:
     """Build the server strategy of a scenario.
 
-    Cohort sizes of the scenario go to the strategy's own arguments (`fraction_train`,
-    `min_train_nodes`, ...) where its constructor has them and the scenario does not set them.
+    What the scenario knows goes to the strategy's own arguments (`fraction_train`,
+    `min_train_nodes`, `client_learning_rate`, ...) where its constructor has them and the
+    scenario's `[server.args]` do not set them.
 
     Raises:
         ScenarioError: If there is no such strategy, or it does not take the arguments.
@@ -55,7 +57,7 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
     if faults := plugins.argument_faults(kind, arguments, "server.args"):
         raise ScenarioError(scenario.name, faults)
     parameters = inspect.signature(kind).parameters
-    for name, value in _cohort_arguments(scenario).items():
+    for name, value in _known_arguments(scenario).items():
         if name in parameters:
             arguments.setdefault(name, value)
     try:
@@ -66,7 +68,7 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
     return strategy
 
 
-def _cohort_arguments(scenario: Scenario) -> dict[str, Any]:
+def _known_arguments(scenario: Scenario) -> dict[str, Any]:
     fleet, asked = scenario.fleet, scenario.evaluate.num_devices
     return {
         "fraction_train": fleet.cohort / fleet.num_devices,
@@ -74,6 +76,8 @@ def _cohort_arguments(scenario: Scenario) -> dict[str, Any]:
         "min_available_nodes": fleet.cohort,
         "fraction_evaluate": asked / fleet.num_devices if asked else 1.0,
         "min_evaluate_nodes": asked or 1,
+        "train_loss_key": "loss",
+        "client_learning_rate": scenario.client.lr,
     }
 
 
@@ -98,8 +102,8 @@ Arrays = dict[str, NDArray[Any]]
 def snapshot(strategy: Strategy) -> tuple[Arrays, dict[str, Any]]:
     """Return the state of a strategy as arrays and plain values, for the checkpoint.
 
-    All attributes count that are numbers, texts, arrays, or lists and string-keyed dictionaries of
-    these; functions and classes are configuration. A strategy with other state can define
+    All attributes count that are numbers, texts, arrays, ArrayRecords, or lists and string-keyed
+    dictionaries of these; functions and classes are configuration. A strategy with other state can define
     `state_dict() -> (arrays, values)` and `load_state_dict(arrays, values)`.
 
     Raises:
@@ -134,6 +138,9 @@ def _pack(value: Any, path: str, arrays: Arrays, owner: str) -> Any:
     if isinstance(value, np.ndarray):
         arrays[path] = value
         return {"array": path}
+    if isinstance(value, ArrayRecord):
+        named = {k: array.numpy() for k, array in value.items()}
+        return {"record": _pack(named, path, arrays, owner)["dict"]}
     if isinstance(value, list | tuple):
         items = [_pack(v, f"{path}/{i}", arrays, owner) for i, v in enumerate(value)]
         return {"list": items} if isinstance(value, list) else {"tuple": items}
@@ -151,6 +158,8 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
     ((kind, inner),) = value.items()
     if kind == "array":
         return arrays[inner]
+    if kind == "record":
+        return ArrayRecord({k: Array(_unpack(v, arrays)) for k, v in inner.items()})
     if kind == "dict":
         return {k: _unpack(v, arrays) for k, v in inner.items()}
     items = [_unpack(v, arrays) for v in inner]

@@ -6,9 +6,10 @@ import os
 import signal
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from edgelearn.continual.memory import Memory
+from edgelearn.continual.memory import Declaration, Memory, TensorSpec
 from edgelearn.continual.strategy import ClientStrategy, Update
 from edgelearn.scenario.samples import Samples
 
@@ -40,22 +41,23 @@ class Raises(OnOneDevice):
         raise ValueError("not today")
 
 
-class Diverges(OnOneDevice):
-    """Sends NaN where it can: past the framework's own check of training."""
-
+class SendsNaN(OnOneDevice):
     def happen(self, update: Update) -> Update:
-        arrays: dict[str, Tensor] = {name: value / 0 * 0 for name, value in update.arrays.items()}
-        return Update(arrays, update.metrics)
+        return Update({n: v * float("nan") for n, v in update.arrays.items()}, update.metrics)
 
 
-class LossIsNaN(ClientStrategy):
-    def __init__(self, *, victim: int = -1) -> None:
-        self.victim = victim
+class FallsIll(OnOneDevice):
+    """From its second experience on, the loss of that device is NaN."""
+
+    def declare(self, model: Any, facts: Any) -> Declaration:
+        return {"ill": TensorSpec(())}
 
     def loss(self, model: Any, params: Tensor, batch: Any, memory: Memory) -> Tensor:
         loss = super().loss(model, params, batch, memory)
-        own = memory.store.batch(memory.store.labels_of(self.victim)) if False else batch
-        return loss if own is batch else loss
+        return torch.where(memory["ill"] > 0, float("nan"), 1.0) * loss
+
+    def finish(self, model: Any, params: Any, data: Samples, memory: Memory, generator: Any) -> Any:
+        return memory.replace(ill=torch.tensor(float(self.victim in data.ids.tolist())))
 
 
 class CannotBeBuilt(ClientStrategy):
