@@ -103,8 +103,8 @@ def snapshot(strategy: Strategy) -> tuple[Arrays, dict[str, Any]]:
     """Return the state of a strategy as arrays and plain values, for the checkpoint.
 
     All attributes count that are numbers, texts, arrays, ArrayRecords, or lists and string-keyed
-    dictionaries of these; functions and classes are configuration. A strategy with other state can define
-    `state_dict() -> (arrays, values)` and `load_state_dict(arrays, values)`.
+    dictionaries of these; functions and classes are configuration. A strategy with other state can
+    define `state_dict() -> (arrays, values)` and `load_state_dict(arrays, values)`.
 
     Raises:
         StateError: If an attribute holds something else.
