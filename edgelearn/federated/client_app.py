@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
-from edgelearn.errors import EdgelearnError, RunError
+from edgelearn.errors import RunError
 
 from flwr.app import ConfigRecord, Context, Message  # isort: skip
 from flwr.clientapp import ClientApp  # isort: skip
@@ -229,23 +229,19 @@ def _bench(scenario: Scenario) -> tuple[World, Learner, Runtime]:
 
 
 def _guarded(handler: Callable[[Message, Context], Message]) -> Any:
-    """Let no message of a foreign exception leave: it can hold a sample, and Flower sends it.
-
-    edgelearn's own errors are made of names and declared values. Others are logged on the device,
-    and only their kind is sent.
-    """
+    """Let no text of a foreign exception leave: it can hold a sample, and Flower sends it."""
 
     @functools.wraps(handler)
     def guarded(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except EdgelearnError:
-            raise
         except Exception as error:
+            from edgelearn.federated import egress
+
+            if egress.is_public(error):
+                raise
             device = context.node_config.get("partition-id")
             _log.exception("device %s failed", device)
-            raise RunError(
-                f"device {device} failed with {type(error).__name__}; its own log says more"
-            ) from error
+            raise RunError(f"device {device}: {egress.reason_of(error)}") from error
 
     return guarded

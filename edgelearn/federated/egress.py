@@ -13,18 +13,23 @@ exception (`__notes__`), for the device's own log and for `edgelearn check`.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgelearn.errors import EgressError, nearest
+import edgelearn
+from edgelearn.errors import EdgelearnError, EgressError, StrategyError, nearest
 from edgelearn.params import Layout
 
 _LARGEST = 2**53
 _LONGEST_NOTE = 200
+_PACKAGE = Path(edgelearn.__file__).parent
+_KNOWN_MODULES = ("builtins", "edgelearn.errors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,34 @@ def evaluate_schema(num_experiences: int) -> Schema:
 def hello_schema() -> Schema:
     """Return what a device says of itself on a real network: which one it is."""
     return Schema(scalars={"device": int})
+
+
+def is_public(error: BaseException) -> bool:
+    """Whether an error's text may leave the device: edgelearn raised it, from names it knows.
+
+    The text of any other exception can hold a sample, and so can a class that a plug-in makes up.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_here = bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    # A StrategyError quotes names that the strategy made up.
+    known = isinstance(error, EdgelearnError) and not isinstance(error, StrategyError)
+    return raised_here and known
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what the server may know of a failure on a device.
+
+    Its text if that is public, else the built-in kind of the exception and where in the plug-in's
+    code it arose.
+    """
+    if is_public(error):
+        return f"{type(error).__name__}: {error}"
+    kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ in _KNOWN_MODULES)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not Path(f.filename).is_relative_to(_PACKAGE)]
+    at = (theirs or frames)[:1]
+    where = f" at {Path(at[0].filename).name}:{at[0].lineno}" if at else ""
+    return f"{kind}{where}; the device's own log says more"
 
 
 def _same_names(what: str, found: Mapping[str, Any], declared: Mapping[str, Any]) -> None:

@@ -227,7 +227,8 @@ class NetworkFleet:
         config = wire.instruction(digest=self._scenario.digest, server_round=0, position=0)
         content = RecordDict({wire.CONFIG: config})
         questions = [Message(content, node, wire.HELLO, ttl=_HELLO_TTL_S) for node in nodes]
-        self._greeted.update(zip(self.grid.push_messages(questions), nodes, strict=True))
+        ids = self.grid.push_messages(questions)  # None for what Flower did not take
+        self._greeted.update({i: node for i, node in zip(ids, nodes, strict=True) if i})
 
     def _hear(self) -> None:
         """Take in what nodes have said of themselves."""

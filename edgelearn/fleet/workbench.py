@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from edgelearn.runtime.protocol import Prepared, make_runtime
 from edgelearn.scenario.samples import Samples, SampleStore
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
+
+_log = logging.getLogger(__name__)  # a simulated device's own log
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ class Workbench:
         try:
             return self._perform(job, params, update)
         except Exception as error:
-            return Done(job.row, error=f"{type(error).__name__}: {error}")
+            _log.warning("device %d: %s: %s", job.device, type(error).__name__, error)
+            return Done(job.row, error=egress.reason_of(error))
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
         data = SimulatedData(self._world, job.device)

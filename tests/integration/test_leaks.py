@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import edgelearn
 from edgelearn.errors import RunError
 from edgelearn.federated.record import RunRecord
 from edgelearn.fleet.simulate import simulate
@@ -139,3 +141,41 @@ def test_where_every_device_leaks_the_run_ends_and_says_why(overheard: Path) -> 
     with pytest.raises(RunError, match=r"every device .* EgressError: not sent: a metric") as error:
         simulate(scenario("ListInMetrics", num_devices=1))
     assert_no_canary({"error": str(error.value).encode()})
+
+
+SECRETIVE = """
+    from edgelearn import ClientStrategy
+    from edgelearn.errors import RunError
+
+
+    class Text(ClientStrategy):
+        def loss(self, model, params, batch, memory):
+            raise ValueError(f"pixels {batch.x[0].flatten().tolist()}")
+
+
+    class Kind(ClientStrategy):
+        def loss(self, model, params, batch, memory):
+            raise type(f"pixels_{int(batch.x.sum())}", (ValueError,), {})()
+
+
+    class Ours(ClientStrategy):
+        def loss(self, model, params, batch, memory):
+            raise RunError(f"pixels {batch.x[0].flatten().tolist()}")
+
+
+    class Memory(ClientStrategy):
+        def after_step(self, before, after, gradients, memory):
+            return {f"pixels {float(after.sum())}": after}
+"""
+
+
+@pytest.mark.parametrize("name", ["Text", "Kind", "Ours", "Memory"])
+def test_the_text_of_an_error_stays_on_the_device(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "secretive.py"
+    path.write_text(textwrap.dedent(SECRETIVE))
+    out = tmp_path / "run"
+    scenario = edgelearn.load("split-digits", client={"strategy": f"{path}:{name}", "args": {}})
+    with pytest.raises(RunError, match="the device's own log says more") as caught:
+        simulate(scenario, out=out)
+    assert "pixels" not in str(caught.value)
+    assert "pixels" not in (out / "record.jsonl").read_text()

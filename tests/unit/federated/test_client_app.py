@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     serve(fleet(config), config)
     expected = load_file(tmp_path / "out" / "model.safetensors")
 
-    # hello, evaluate; fit, evaluate; fit, consolidate, evaluate; fit, evaluate; fit, consolidate, ...
+    # hello, evaluate; fit, evaluate; fit, consolidate, evaluate; fit, evaluate; fit, consolidate
     for stop_at in (3, 5, 6, 8, 10, 11):
         out, state = tmp_path / f"out-{stop_at}", tmp_path / f"state-{stop_at}"
         config = run_config(state, out=str(out), overrides=own)
@@ -282,7 +282,7 @@ def test_a_foreign_exception_does_not_take_its_message_along(
         raise ValueError("pixels 3 1 4 1 5")
 
     monkeypatch.setattr("edgelearn.device.learner.Learner.fit", leaks)
-    with pytest.raises(RunError, match="failed with ValueError") as caught:
+    with pytest.raises(RunError, match="device 0: ValueError at test_client_app.py") as caught:
         ask("train")
     assert "pixels" not in str(caught.value)
     assert not states(tmp_path / "state")
