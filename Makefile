@@ -30,7 +30,7 @@ test: $(READY) ## Run the tests, the linters and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY) ## Lint and format in place
 	$(BIN)/ruff check --fix .

@@ -140,10 +140,33 @@ def test_a_large_bias_is_not_rounded_to_float32() -> None:
     """A bias code may take all of 32 bits; the sum with it has to stay exact."""
     model = made(lambda: nn.Linear(8, 3))
     with torch.no_grad():
-        model.module.weight.mul_(1e-4)
-        model.module.bias.copy_(torch.tensor([1000.0, -777.0, 0.123]))
+        model.module.weight.mul_(1e-2)
+        model.module.bias.copy_(torch.tensor([700.0, -321.7, 0.123]))
     x = randn(6, 8)
+    torch.testing.assert_close(
+        serve(model, x)(x), model(model.initial(), x).detach(), rtol=1e-4, atol=1e-3
+    )
     assert torch.equal(serve(model, x)(x), integer_layer(model.module, x, x.min(), x.max()))  # type: ignore[arg-type]
+
+
+def test_a_bias_that_does_not_fit_32_bits_saturates_as_it_would_on_a_device() -> None:
+    model = made(lambda: nn.Linear(8, 3))
+    with torch.no_grad():
+        model.module.weight.mul_(1e-6)
+        model.module.bias.copy_(torch.tensor([1e6, -1e6, 0.0]))
+    x = randn(6, 8)
+    found = serve(model, x)(x)
+    assert torch.equal(found, integer_layer(model.module, x, x.min(), x.max()))  # type: ignore[arg-type]
+    assert float(found.abs().max()) < 1e3
+
+
+def test_sums_beyond_the_whole_numbers_of_float32_are_exact() -> None:
+    model = made(lambda: nn.Linear(8192, 4, bias=False))
+    with torch.no_grad():
+        model.module.weight.copy_(0.7 + 0.3 * torch.rand(4, 8192, generator=seeded()))
+    x = 0.7 + 0.3 * torch.rand(20, 8192, generator=seeded(1))
+    expected = integer_layer(model.module, x, x.min(), x.max())  # type: ignore[arg-type]
+    assert torch.equal(serve(model, x)(x), expected)
 
 
 # -- ranges ----------------------------------------------------------------------------------------
