@@ -62,11 +62,18 @@ class Schema:
             _check_counts(name, metrics[name], length)
 
 
+FIT_METRICS: Mapping[str, type[int] | type[float]] = {
+    "num-examples": int,
+    "loss": float,
+    "num-steps": int,
+}
+
+
 def fit_schema(layout: Layout) -> Schema:
     """Return what a device sends after training."""
     return Schema(
         arrays=dict(zip(layout.names, layout.shapes, strict=True)),
-        scalars={"num-examples": int, "loss": float, "num-steps": int},
+        scalars=FIT_METRICS,
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edgelearn.errors import EdgelearnError, RunError
 from edgelearn.federated import _flwr_compat as compat
+from edgelearn.federated import egress
 from edgelearn.federated import messages as wire
 from edgelearn.federated.checkpoint import Checkpoint, as_tensors, with_prefix
 from edgelearn.federated.journal import Journal
@@ -140,8 +141,9 @@ class RoundLoop:
             done, params = resumed.server_round, self._restore(resumed)
         else:
             self.fleet.begin_round(0, min_devices=1)
-            accuracy = self._evaluate(0, params)
-            self.journal.append({"kind": "start", "accuracy": accuracy})
+            replies, problems = self._ask_evaluation(0, 0, params)
+            accuracy = _pooled(replies, self.stream.num_experiences)
+            self.journal.append({"kind": "start", "accuracy": accuracy, "problems": problems})
         for server_round in range(done + 1, self.scenario.num_rounds + 1):
             params = self._round(server_round, params)
             due = time.monotonic() - last_saved >= self.checkpoint_every_s
@@ -169,7 +171,8 @@ class RoundLoop:
         accuracy: dict[str, list[int]] | None = None
         devices: Line | None = None
         if ends or server_round % self.scenario.evaluate.every_rounds == 0:
-            replies = self._ask_evaluation(server_round, position, params)
+            replies, troubles = self._ask_evaluation(server_round, position, params)
+            line["problems"] += troubles
             accuracy = _pooled(replies, self.stream.num_experiences)
             devices = _device_line(replies, server_round, position) if ends else None
         line |= {
@@ -240,6 +243,7 @@ class RoundLoop:
         if reply.has_error():
             return _OUTCOMES.get(reply.error.code, Outcome.FAILED), reply.error.reason or "", reply
         try:
+            _METRICS_OF_FIT.admit({}, wire.metrics_of(reply))
             delta = wire.decode_params(self.layout, wire.arrays_of(reply))
         except EdgelearnError as error:
             return self._reject(reply, str(error))
@@ -282,22 +286,13 @@ class RoundLoop:
         arrays = wire.encode_params(self.layout, params)
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
         instructions = [Message(content, node, wire.CONSOLIDATE) for node in roster]
-        problems = []
-        for device, reply in self._exchange(instructions, roster):
-            if reply.has_error():
-                outcome = _OUTCOMES.get(reply.error.code, Outcome.FAILED)
-                problems.append(
-                    {
-                        "device": device,
-                        "outcome": outcome.value,
-                        "reason": f"consolidation: {reply.error.reason}",
-                    }
-                )
-        return problems
+        answers = self._exchange(instructions, roster)
+        return [_problem(d, r, "consolidation") for d, r in answers if r.has_error()]
 
     def _ask_evaluation(
         self, server_round: int, position: int, params: Tensor
-    ) -> list[tuple[int, dict[str, Any]]]:
+    ) -> tuple[list[tuple[int, dict[str, Any]]], list[Line]]:
+        """Return the counts of each device that answered, by device, and what went wrong."""
         roster = self.fleet.roster()
         config = wire.instruction(
             digest=self.scenario.digest, server_round=server_round, position=position
@@ -308,23 +303,23 @@ class RoundLoop:
                     server_round, wire.encode_params(self.layout, params), config, self.grid
                 )
             )
-        answers = self._exchange(instructions, roster)
-        valid = [reply for _, reply in answers]
-        if valid:
+        schema = egress.evaluate_schema(self.stream.num_experiences)
+        answers = [
+            (device, _checked(reply, schema))
+            for device, reply in self._exchange(instructions, roster)
+        ]
+        with_samples = _with_samples([reply for _, reply in answers])
+        if with_samples:
             with self._hook("aggregate_evaluate", server_round):
-                self.strategy.aggregate_evaluate(server_round, _with_samples(valid))
-        for device, reply in answers:
-            if reply.has_error() and reply.error.code == compat.ErrorCode.RAISED:
-                raise RunError(
-                    f"round {server_round}: evaluation failed on device {device}: "
-                    f"{reply.error.reason}"
-                )
+                self.strategy.aggregate_evaluate(server_round, with_samples)
+        problems = [_problem(d, r, "evaluation") for d, r in answers if r.has_error()]
         found = [(d, wire.metrics_of(reply)) for d, reply in answers if not reply.has_error()]
-        return sorted(found, key=lambda item: item[0])
-
-    def _evaluate(self, server_round: int, params: Tensor) -> dict[str, list[int]] | None:
-        replies = self._ask_evaluation(server_round, 0, params)
-        return _pooled(replies, self.stream.num_experiences)
+        if problems and not found:
+            raise RunError(
+                f"round {server_round}: no device could be evaluated; device "
+                f"{problems[0]['device']} first: {problems[0]['reason']}"
+            )
+        return sorted(found, key=lambda item: item[0]), problems
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -446,6 +441,27 @@ _OUTCOMES: dict[int, Outcome] = {
     compat.ErrorCode.REPLY_EXPIRED: Outcome.LATE,
     compat.ErrorCode.NODE_UNAVAILABLE: Outcome.OFFLINE,
 }
+
+
+# A device's own guard has admitted its reply; the server takes nobody's word for it.
+_METRICS_OF_FIT = egress.Schema(scalars=egress.FIT_METRICS)
+
+
+def _checked(reply: Message, schema: egress.Schema) -> Message:
+    """Return a reply without arrays as it is, or as an error if it is not as declared."""
+    if reply.has_error():
+        return reply
+    try:
+        schema.admit({}, wire.metrics_of(reply))
+    except EdgelearnError as error:
+        return Message(Error(compat.ErrorCode.RAISED, str(error)), reply_to=reply)
+    return reply
+
+
+def _problem(device: int, reply: Message, phase: str) -> Line:
+    outcome = _OUTCOMES.get(reply.error.code, Outcome.FAILED)
+    reason = f"{phase}: {reply.error.reason}"
+    return {"device": device, "outcome": outcome.value, "reason": reason}
 
 
 def _with_samples(replies: Sequence[Message]) -> list[Message]:
