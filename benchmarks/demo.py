@@ -1,7 +1,8 @@
 """The demo's cost, and that of the same scenario through Flower's own Ray simulation.
 
-Runs `edgelearn run split-digits` and Flower's simulation with edgelearn's ClientApp in turn, as whole
-processes, and writes docs/benchmarks.md. Repeat: make bench (or python benchmarks/demo.py --runs 5).
+Runs `edgelearn run split-digits` and Flower's simulation with edgelearn's ClientApp in turn, as
+whole processes, and writes docs/benchmarks.md. Repeat: make bench, or
+python benchmarks/demo.py --runs 5.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -147,49 +148,57 @@ ROWS = (
 )
 
 
+PAGE = """# Benchmarks
+
+Every figure here was written by `make bench` (`benchmarks/demo.py`): whole processes, both in turn in
+one run, medians (and ranges). Timings on shared machines are noisy: the ratio is the result.
+
+## The demo, and the same scenario through Flower's Ray simulation
+
+`{scenario}`: 30 devices, cohort 10, 30 rounds, all devices evaluated after each round (int8 and
+float), consolidation of all devices after each experience. The peer is
+`flwr.simulation.run_simulation` (Ray, one CPU per client, 2 actors) with edgelearn's own ClientApp and
+round loop: the same messages, work and results, but a Ray call for each message, and each device's
+state in a durable file of its own, as on a real device. Both end with the same accuracy counts, which
+the script checks.
+
+| | edgelearn | Flower/Ray | ratio | target |
+|---|---|---|---|---|
+{rows}
+
+{runs} runs each; {machine}, {cores} cores, Python {python}, {versions}, edgelearn {edgelearn}, seed 0.
+
+<details><summary>All runs</summary>
+
+```json
+{record}
+```
+
+</details>
+"""
+
+
 def page(found: dict[str, list[Cost]]) -> str:
     a, b = found["edgelearn"], found["flower-ray"]
-    lines = [
-        "# Benchmarks",
-        "",
-        "Every figure here was written by `make bench` (`benchmarks/demo.py`): whole processes, both "
-        "in turn in one run, medians (and ranges). Timings on shared machines are noisy: the ratio "
-        "is the result.",
-        "",
-        "## The demo, and the same scenario through Flower's Ray simulation",
-        "",
-        f"`{SCENARIO}`: 30 devices, cohort 10, 30 rounds, all devices evaluated after each round "
-        "(int8 and float), consolidation of all devices after each experience. The peer is "
-        "`flwr.simulation.run_simulation` (Ray, one CPU per client, 2 actors) with edgelearn's own "
-        "ClientApp and round loop: the same messages, work and results, but a Ray call and durable "
-        "device state for each. Both end with the same accuracy counts, checked in the run.",
-        "",
-        "| | edgelearn | Flower/Ray | ratio | target |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for field, name in ROWS:
         target = f"under {TARGETS[field]:g}" if field in TARGETS else ""
-        lines.append(
+        rows.append(
             f"| {name} | {median(a, field):.1f} ({spread(a, field)}) "
             f"| {median(b, field):.1f} ({spread(b, field)}) "
             f"| {median(b, field) / median(a, field):.1f} x | {target} |"
         )
-    record = json.dumps({k: [c.__dict__ for c in v] for k, v in found.items()})
-    lines += [
-        "",
-        f"{len(a)} runs each; {platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, {versions()}, edgelearn {edgelearn.__version__}, seed 0.",
-        "",
-        "<details><summary>All runs</summary>",
-        "",
-        "```json",
-        record,
-        "```",
-        "",
-        "</details>",
-        "",
-    ]
-    return "\n".join(lines)
+    return PAGE.format(
+        scenario=SCENARIO,
+        rows="\n".join(rows),
+        runs=len(a),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        python=platform.python_version(),
+        versions=versions(),
+        edgelearn=edgelearn.__version__,
+        record=json.dumps({k: [asdict(c) for c in v] for k, v in found.items()}),
+    )
 
 
 def versions() -> str:

@@ -23,14 +23,12 @@ SCENARIO, OUT, STATE = (os.environ.get(f"BENCH_{key}", "") for key in ("SCENARIO
 
 
 def configured() -> ClientApp:
-    """edgelearn's ClientApp; `run_simulation` hands no run configuration to it, so this does."""
+    """Edgelearn's ClientApp; `run_simulation` hands no run configuration to it, so this does."""
     inner, app = client_app(), ClientApp()
 
     def handle(message: Message, context: Context) -> Message:
         config = {"scenario": SCENARIO, "state-dir": STATE}
-        own = Context(
-            context.run_id, context.node_id, context.node_config, context.state, config
-        )
+        own = Context(context.run_id, context.node_id, context.node_config, context.state, config)
         return inner(message=message, context=own)
 
     app.train()(handle)

@@ -125,11 +125,12 @@ class FlatModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.layout = Layout.of(module)
+        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self._initial = self.layout.flatten({n: state[n].detach() for n in self.layout.names})
 
     def initial(self) -> Tensor:
-        """Return a new vector [P] with the module's own values."""
-        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        return self.layout.flatten({n: state[n].detach() for n in self.layout.names})
+        """Return a new vector [P] with the values that the module had when it came here."""
+        return self._initial.clone()
 
     def __call__(self, params: Tensor, x: Tensor) -> Tensor:
         """Evaluate the module.

@@ -159,6 +159,11 @@ class FleetStore:
         self._touched.add(device)
         self._pending[device] = checksum
 
+    def revert(self, device: int) -> None:
+        """Go back to a device's live state: its spare slot may be torn."""
+        self._touched.discard(device)
+        self._pending[device] = self._checksums[device]
+
     def commit(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
         """Make the new states live and durable; return the tables for the checkpoint."""
         if self._touched:

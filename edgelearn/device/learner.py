@@ -141,7 +141,7 @@ class Learner:
             self._check(memory)
         samples = data.samples(position)
         generator = torch_generator(self.seed, "steps", server_round, data.device)
-        local, memory, loss, steps = self._train(
+        local, memory, loss, steps, passed = self._train(
             params, memory, samples, generator, proximal_mu=proximal_mu
         )
         where = f"device {data.device} in round {server_round}"
@@ -154,7 +154,7 @@ class Learner:
         update = Update(self.model.layout.views(delta), metrics)
         if self.strategy.overrides("upload"):
             update = self._plain(self.strategy.upload(update, samples, memory))
-        return Fit(new, update, len(samples) * self.spec.epochs)
+        return Fit(new, update, passed)
 
     def consolidate(
         self, state: DeviceState, params: Tensor, data: DeviceData, *, upto: int
@@ -230,7 +230,7 @@ class Learner:
         generator: torch.Generator,
         *,
         proximal_mu: float,
-    ) -> tuple[Tensor, Memory, float, int]:
+    ) -> tuple[Tensor, Memory, float, int, int]:
         strategy, model, spec = self.strategy, self.model, self.spec
         extends, adjusts = strategy.overrides("extend"), strategy.overrides("adjust")
         proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
@@ -240,7 +240,7 @@ class Learner:
         current = local[: model.layout.num_trained].requires_grad_()
         reference = params[: model.layout.num_trained]
         optimizer = _optimizer(spec, current)
-        total, steps = 0.0, 0
+        total, steps, passed = 0.0, 0, 0
         # Dropout and the like draw from torch's global generator.
         layers = derive(generator.initial_seed(), "layers")
         with _layers_seeded(layers), _counters_restored(model.module):
@@ -271,9 +271,9 @@ class Learner:
                             after = current.detach().clone()  # memory may keep it
                             memory = strategy.after_step(before, after, gradients, memory)
                     total += float(loss.detach())
-                    steps += 1
+                    steps, passed = steps + 1, passed + len(batch)
         local[model.layout.num_trained :] = carried[model.layout.num_trained :]
-        return local.detach(), memory, total / steps if steps else 0.0, steps
+        return local.detach(), memory, total / steps if steps else 0.0, steps, passed
 
 
 def make_learner(world: World) -> Learner:

@@ -88,6 +88,8 @@ class CohortExecutor:
     def _deliver(
         self, message: Message, job: Job, done: Done, update: Tensor, params: Tensor
     ) -> Delivery:
+        if done.died:
+            self._store.revert(job.device)
         if done.error is not None:
             return Delivery(Error(compat.ErrorCode.RAISED, done.error))
         if done.checksum is not None:

@@ -42,7 +42,7 @@ class Delivery:
 
 Execute = Callable[[Sequence[Message]], Sequence[Delivery]]
 
-_MAX_POLLS = 100
+_MAX_POLLS = 10  # Flower's strategies sleep a second between them
 
 
 class FleetGrid(Grid):

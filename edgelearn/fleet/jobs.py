@@ -57,6 +57,7 @@ class Done:
         checksum: Of the device's new state; None if it has none.
         num_samples: Samples that passed through training.
         error: Why it failed; None if it did not.
+        died: Whether its process died, so that what it was writing can't be trusted.
     """
 
     row: int
@@ -64,6 +65,7 @@ class Done:
     checksum: int | None = None
     num_samples: int = 0
     error: str | None = None
+    died: bool = False
 
 
 class Engine(Protocol):

@@ -99,7 +99,7 @@ class PoolEngine:
             sources: list[Any] = [worker.pipe for worker in self._workers if worker.jobs]
             for pipe in wait(sources):
                 worker = next(w for w in self._workers if w.pipe is pipe)
-                self._take_in(worker, done)
+                self._take_in(worker, queue, done)
         with_update = [job.row for job in jobs if done[job.row].error is None]
         if updates.numel():
             updates[with_update] = self._updates[with_update]
@@ -125,19 +125,22 @@ class PoolEngine:
         with contextlib.suppress(OSError):  # it died: reading its pipe will tell
             worker.pipe.send(worker.jobs)
 
-    def _take_in(self, worker: _Worker, done: dict[int, Done]) -> None:
+    def _take_in(self, worker: _Worker, queue: deque[Job], done: dict[int, Done]) -> None:
         try:
-            results: list[Done] = worker.pipe.recv()
+            result: Done = worker.pipe.recv()
         except (EOFError, OSError):
+            # It died at the first job that it has not reported; the others go to another worker.
             worker.process.join(timeout=5)
             code = worker.process.exitcode
-            for job in worker.jobs:
-                done[job.row] = Done(job.row, error=f"its worker process died (exit code {code})")
+            lost, *others = worker.jobs
+            reason = f"its worker process died (exit code {code})"
+            done[lost.row] = Done(lost.row, error=reason, died=True)
+            queue.extendleft(reversed(others))
             worker.pipe.close()
             self._workers[self._workers.index(worker)] = self._start()
             return
-        worker.jobs = []
-        done.update({result.row: result for result in results})
+        del worker.jobs[0]
+        done[result.row] = result
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -173,10 +176,7 @@ def _work(
     none = torch.empty(0)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while (jobs := pipe.recv()) is not None:
-            pipe.send(
-                [
-                    bench.perform(job, params, updates[job.row] if job.phase is Phase.FIT else none)
-                    for job in jobs
-                ]
-            )
+            for job in jobs:
+                update = updates[job.row] if job.phase is Phase.FIT else none
+                pipe.send(bench.perform(job, params, update))
     os._exit(0)  # skip torch's slow teardown; everything is in shared memory

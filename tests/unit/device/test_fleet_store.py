@@ -272,3 +272,21 @@ def test_a_file_of_another_strategy_is_refused(path: Path) -> None:
     _, tables = committed(path)
     with pytest.raises(StateError, match="damaged or of another run"):
         FleetStore(path, {"anchor": TensorSpec((1000,))}, 3, tables)
+
+
+def test_a_torn_write_is_forgotten_with_what_came_before_it_in_the_round(tmp_path: Path) -> None:
+    declaration = {"seen": TensorSpec((3,))}
+    store = FleetStore(tmp_path / "devices.bin", declaration, 2)
+
+    def put(value: float) -> None:
+        state = DeviceState(Memory({"seen": torch.full((3,), value)}), 1, 0)
+        store.written(0, store.file.write(0, store.slots(0)[1], state))
+
+    put(1.0)
+    store.commit()
+    put(2.0)
+    store.file.write(0, store.slots(0)[1], DeviceState(Memory({"seen": torch.full((3,), 9.0)})))
+    store.revert(0)  # the process died in that second write
+    tables = store.commit()
+    again = FleetStore(tmp_path / "devices.bin", declaration, 2, tables)
+    assert again.file.read(0, again.slots(0)[0], None).memory["seen"].tolist() == [1.0, 1.0, 1.0]

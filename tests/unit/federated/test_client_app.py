@@ -282,7 +282,7 @@ def test_a_foreign_exception_does_not_take_its_message_along(
         raise ValueError("pixels 3 1 4 1 5")
 
     monkeypatch.setattr("edgelearn.device.learner.Learner.fit", leaks)
-    with pytest.raises(RunError, match="device 0: ValueError at test_client_app.py") as caught:
+    with pytest.raises(RunError, match=r"device 0: ValueError at test_client_app\.py") as caught:
         ask("train")
     assert "pixels" not in str(caught.value)
     assert not states(tmp_path / "state")

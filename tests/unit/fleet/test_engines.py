@@ -296,6 +296,19 @@ def test_a_run_goes_on_when_workers_are_killed(tmp_path: Path) -> None:
     assert [line["loss"] for line in record.rounds] == [line["loss"] for line in other.rounds]
 
 
+def test_a_death_takes_no_other_device_along_however_many_jobs_were_handed_out_at_once() -> None:
+    fleet = {"num_devices": 24, "cohort": 24}
+    client = {"strategy": f"{PLUGINS}:Killed", "lr": 0.1}
+    world = build(toy_scenario(fleet=fleet))
+    victim = int(world.train_samples(VICTIM, 0).ids[0])
+    scenario = toy_scenario(fleet=fleet, client={**client, "args": {"victim": victim}})
+    records = [simulate(scenario, engine="pool", num_workers=n) for n in (1, 3)]
+    for record in records:
+        assert [p["device"] for line in record.rounds for p in line["problems"]] == [VICTIM] * 2
+    first, second = ([line["loss"] for line in record.rounds] for record in records)
+    assert first == second
+
+
 def test_workers_that_cannot_start_say_why(tmp_path: Path) -> None:
     world = replace(
         world_of("naive"),
