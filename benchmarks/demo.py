@@ -150,23 +150,24 @@ ROWS = (
 
 PAGE = """# Benchmarks
 
-Every figure here was written by `make bench` (`benchmarks/demo.py`): whole processes, both in turn in
-one run, medians (and ranges). Timings on shared machines are noisy: the ratio is the result.
+Every figure here was written by `make bench` (`benchmarks/demo.py`): whole processes, both in turn
+in one run, medians (and ranges). Timings on shared machines are noisy: the ratio is the result.
 
 ## The demo, and the same scenario through Flower's Ray simulation
 
 `{scenario}`: 30 devices, cohort 10, 30 rounds, all devices evaluated after each round (int8 and
 float), consolidation of all devices after each experience. The peer is
-`flwr.simulation.run_simulation` (Ray, one CPU per client, 2 actors) with edgelearn's own ClientApp and
-round loop: the same messages, work and results, but a Ray call for each message, and each device's
-state in a durable file of its own, as on a real device. Both end with the same accuracy counts, which
-the script checks.
+`flwr.simulation.run_simulation` (Ray, one CPU per client, 2 actors) with edgelearn's own ClientApp
+and round loop: the same messages, work and results, but a Ray call for each message, and each
+device's state in a durable file of its own, as on a real device. Both end with the same accuracy
+counts, which the script checks.
 
 | | edgelearn | Flower/Ray | ratio | target |
 |---|---|---|---|---|
 {rows}
 
-{runs} runs each; {machine}, {cores} cores, Python {python}, {versions}, edgelearn {edgelearn}, seed 0.
+{runs} runs each; {machine}, {cores} cores, Python {python}, {versions},
+edgelearn {edgelearn}, seed 0.
 
 <details><summary>All runs</summary>
 
