@@ -125,12 +125,18 @@ class FlatModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.layout = Layout.of(module)
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self._initial = self.layout.flatten({n: state[n].detach() for n in self.layout.names})
+        # `carry` binds what is not trained to other vectors, so its first values are kept here.
+        self._tail = self._values()[self.layout.num_trained :]
+
+    def _values(self) -> Tensor:
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return self.layout.flatten({name: state[name].detach() for name in self.layout.names})
 
     def initial(self) -> Tensor:
-        """Return a new vector [P] with the values that the module had when it came here."""
-        return self._initial.clone()
+        """Return a new vector [P] with the module's own values."""
+        values = self._values()
+        values[self.layout.num_trained :] = self._tail
+        return values
 
     def __call__(self, params: Tensor, x: Tensor) -> Tensor:
         """Evaluate the module.

@@ -232,3 +232,10 @@ def test_carry_without_untrained_tensors_does_nothing():
     model = FlatModel(module)
     model.carry(torch.zeros(3))
     assert module.weight is weight
+
+
+def test_the_initial_vector_is_not_that_of_whoever_trained_last():
+    model = FlatModel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    before = model.initial()
+    model.carry(torch.full_like(before, 7.0))
+    assert torch.equal(model.initial(), before)
