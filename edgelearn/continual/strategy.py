@@ -7,7 +7,7 @@ So the same class trains one real device and a stacked cohort of simulated ones.
 2. for each step `extend`, `loss`, `adjust`, the optimizer's step, `proximal`, `after_step`,
 3. `upload` on what it is about to send,
 4. `finish` once, when the experience has ended, on the final **global** parameters. Never at each
-   round: consolidating per round was measured to ruin EWC.
+   round: that would add an anchor to EWC in every round, and pin it to half-learned parameters.
 """
 
 from __future__ import annotations
