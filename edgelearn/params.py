@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from edgelearn.errors import StateError
 
@@ -125,6 +124,7 @@ class FlatModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.layout = Layout.of(module)
+        self._places = _places(module)
         # `carry` binds what is not trained to other vectors, so its first values are kept here.
         self._tail = self._values()[self.layout.num_trained :]
 
@@ -149,7 +149,17 @@ class FlatModel:
         Returns:
             Logits [B, C].
         """
-        out: Tensor = functional_call(self.module, self.layout.views(params), (x,))
+        # As torch.func.functional_call does, without its 0.5 ms of bookkeeping.
+        views = self.layout.views(params)
+        before = [slots[leaf] for slots, leaf, _ in self._places]
+        try:
+            for slots, leaf, name in self._places:
+                if name in views:
+                    slots[leaf] = views[name]
+            out: Tensor = self.module(x)
+        finally:
+            for (slots, leaf, _), tensor in zip(self._places, before, strict=True):
+                slots[leaf] = tensor
         return out
 
     def carry(self, params: Tensor) -> None:
@@ -169,3 +179,17 @@ class FlatModel:
                 module._buffers[leaf] = views[name]
             else:
                 module._parameters[leaf] = nn.Parameter(views[name], requires_grad=False)
+
+
+def _places(module: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """Return where a module looks its tensors up: (dictionary, key, name in the layout)."""
+    first: dict[int, str] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        first.setdefault(id(tensor), name)
+    return [
+        (slots, leaf, first[id(tensor)])
+        for owner in module.modules()
+        for slots in (owner._parameters, owner._buffers)
+        for leaf, tensor in slots.items()
+        if tensor is not None
+    ]

@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 
 from edgelearn.continual.fisher import empirical_fisher
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
-from edgelearn.continual.strategy import ClientStrategy, Facts
+from edgelearn.continual.strategy import ClientStrategy, Facts, Pull
 from edgelearn.params import FlatModel
-from edgelearn.scenario.samples import Batch, Samples
+from edgelearn.scenario.samples import Samples
 
 MODES = ("online", "separate")
 STEPS = ("proximal", "explicit")
@@ -85,17 +85,9 @@ class EWC(ClientStrategy):
         distance = (params - memory["anchor"]).square()
         return 0.5 * self.strength * ((memory["fisher"] * distance).sum() + memory["constant"][0])
 
-    def loss(self, model: FlatModel, params: Tensor, batch: Batch, memory: Memory) -> Tensor:
-        """Cross-entropy, and the penalty where it is taken as a gradient."""
-        loss = super().loss(model, params, batch, memory)
-        return loss + self.penalty(params, memory) if self.step == "explicit" else loss
-
-    def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
-        """Take the implicit step of the penalty."""
-        if self.step == "explicit":
-            return params
-        pull = memory["fisher"] * (lr * self.strength)
-        return (params + pull * memory["anchor"]) / (1 + pull)
+    def pull(self) -> Pull:
+        """Declare the penalty, for every step of training."""
+        return Pull("fisher", "anchor", self.strength, is_explicit=self.step == "explicit")
 
     def finish(
         self,

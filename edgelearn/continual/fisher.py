@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from edgelearn.continual.strategy import supervised_loss
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Samples
+from edgelearn.stack import LinearStack, Stack, cross_entropy, stack_of
+
+_ROWS = 1024
 
 
 def empirical_fisher(
@@ -38,9 +40,15 @@ def empirical_fisher(
     if count == 0:
         return total
 
+    stack = stack_of(model, data.store.sample_shape)
+    if stack is not None and stack.is_linear:
+        return _of_linear_stack(stack, params, data, count) / count
+
     def loss(p: Tensor, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         one = Batch(x[None], y[None], None, None if mask is None else mask[None])
         return supervised_loss(model(p, one.x), one)
+
+    from torch.func import grad, vmap  # here: it takes 2 s, and stacks do without
 
     for start in range(0, count, chunk):
         batch = data.batch(slice(start, min(start + chunk, count)))
@@ -48,3 +56,17 @@ def empirical_fisher(
         gradients = vmap(grad(loss), in_dims=axes)(params, batch.x, batch.y, batch.mask)
         total += gradients.square().sum(0)
     return total / count
+
+
+@torch.no_grad()
+def _of_linear_stack(stack: Stack, params: Tensor, data: Samples, count: int) -> Tensor:
+    """Sum of squared per-example gradients [T], by squared products instead of one by one."""
+    total = torch.zeros_like(params)
+    network = LinearStack(stack, params)
+    for start in range(0, count, _ROWS):
+        batch = data.batch(slice(start, min(start + _ROWS, count)))
+        inputs, logits = network.forward(batch.x)
+        each = torch.ones(len(batch))  # each example's own loss, not the mean
+        _, deltas = cross_entropy(logits, batch.y, each, batch.mask)
+        network.squared_gradients(inputs, deltas, total)
+    return total

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edgelearn.errors import StrategyError
 from edgelearn.scenario.samples import EMPTY, Batch, SampleStore
+from edgelearn.seeds import permutation
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,9 @@ class Memory(Mapping[str, Tensor]):
         held = ids[ids != EMPTY]
         if len(held) == 0 or count == 0:
             return None
-        picks = torch.randperm(len(held), generator=generator)[:count]
+        # One word from the generator, and the rest by counting: a compiled engine does the same.
+        word = int(torch.randint(2**62, (), generator=generator))
+        picks = torch.from_numpy(permutation(word, len(held))[:count])
         return self.store.batch(held[picks])
 
 

@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 
 from edgelearn.continual.buffers import class_balanced, reservoir
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
-from edgelearn.continual.strategy import ClientStrategy, Facts
+from edgelearn.continual.strategy import ClientStrategy, Facts, Rehearsal
 from edgelearn.params import FlatModel
-from edgelearn.scenario.samples import EMPTY, Batch, Samples
+from edgelearn.scenario.samples import EMPTY, Samples
 
 POLICIES = ("class-balanced", "reservoir")
 
@@ -68,10 +68,9 @@ class Replay(ClientStrategy):
             "seen": TensorSpec((facts.num_classes,), torch.int64),
         }
 
-    def extend(self, batch: Batch, memory: Memory, generator: Generator) -> Batch:
-        """Append replayed samples to the batch."""
-        past = memory.draw("buffer", self.replay_batch or len(batch), generator)
-        return batch.join(past, share=self.share if self.share >= 0 else None)
+    def rehearsal(self) -> Rehearsal:
+        """Declare that samples of the buffer join every batch."""
+        return Rehearsal("buffer", self.replay_batch, self.share if self.share >= 0 else None)
 
     def finish(
         self,

@@ -1,7 +1,9 @@
 """`ClientStrategy`: how a device learns. Three ideas: batch, memory, loss.
 
 Every hook is a pure function of tensors: it returns new values and changes none that it was given.
-So the same class trains one real device and a stacked cohort of simulated ones. A device calls
+So the same class trains one real device and a stacked cohort of simulated ones. Where it can, a
+strategy *declares* what it does (`rehearsal`, `pull`) instead of computing it: then every engine,
+compiled ones included, can run it. A device calls
 
 1. `start` when an experience begins,
 2. for each step `extend`, `loss`, `adjust`, the optimizer's step, `proximal`, `after_step`,
@@ -53,6 +55,51 @@ class Update:
 
     arrays: Mapping[str, Tensor]
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """Stored samples that join the batch of every step.
+
+    Attributes:
+        buffer: Name of the sample ids in memory.
+        count: Samples per step; 0 is as many as arrive.
+        share: Part of the loss that they get, in [0, 1]; None weighs all samples alike.
+    """
+
+    buffer: str
+    count: int = 0
+    share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A quadratic penalty h(theta) = (strength / 2) sum_i F_i (theta_i - anchor_i)^2.
+
+    Implicit, it is taken after the optimizer's step: argmin_z h(z) + |z - theta|^2 / (2 lr), which
+    is theta + w (anchor - theta) with w = s F / (1 + s F), s = lr * strength. That can't diverge.
+    Explicit, its gradient joins that of the loss, and diverges once s F > 2.
+
+    Attributes:
+        curvature: Name of F in memory [T], float32, not negative.
+        anchor: Name of the anchor in memory [T], float32.
+        strength: Factor.
+        is_explicit: Whether it is taken as a gradient.
+    """
+
+    curvature: str
+    anchor: str
+    strength: float
+    is_explicit: bool = False
+
+    def weight(self, memory: Memory, *, lr: float) -> Tensor:
+        """Return w [T] of the implicit step."""
+        stiffness = memory[self.curvature] * (lr * self.strength)
+        return stiffness / (1 + stiffness)
+
+    def gradient(self, params: Tensor, memory: Memory) -> Tensor:
+        """Return the gradient [T]."""
+        return self.strength * memory[self.curvature] * (params - memory[self.anchor])
 
 
 def supervised_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -107,25 +154,45 @@ class ClientStrategy:
         """Begin an experience, with the global parameters [T] that the device then has."""
         return memory
 
-    def extend(self, batch: Batch, memory: Memory, generator: Generator) -> Batch:  # noqa: ARG002
-        """Change the batch of a step, as replay does."""
-        return batch
+    def rehearsal(self) -> Rehearsal | None:
+        """Declare which stored samples join every batch; what it returns must not change."""
+        return None
+
+    def pull(self) -> Pull | None:
+        """Declare a quadratic penalty; what it returns must not change."""
+        return None
+
+    def extend(self, batch: Batch, memory: Memory, generator: Generator) -> Batch:
+        """Change the batch of a step; by default it is joined by what `rehearsal` declares."""
+        rehearsal = self.rehearsal()
+        if rehearsal is None:
+            return batch
+        past = memory.draw(rehearsal.buffer, rehearsal.count or len(batch), generator)
+        return batch.join(past, share=rehearsal.share)
 
     def loss(self, model: FlatModel, params: Tensor, batch: Batch, memory: Memory) -> Tensor:  # noqa: ARG002
         """Return the scalar to minimize, a function of the trained parameters [T]."""
         return supervised_loss(model(params, batch.x), batch)
 
-    def adjust(self, gradients: Tensor, params: Tensor, memory: Memory) -> Tensor:  # noqa: ARG002
-        """Change the gradient [T] of the loss, as projection and control variates do."""
-        return gradients
+    def adjust(self, gradients: Tensor, params: Tensor, memory: Memory) -> Tensor:
+        """Change the gradient [T] of the loss, as projection and control variates do.
 
-    def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:  # noqa: ARG002
+        By default the gradient of an explicit `pull` is added.
+        """
+        pull = self.pull()
+        if pull is None or not pull.is_explicit:
+            return gradients
+        return gradients + pull.gradient(params, memory)
+
+    def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
         """Take the implicit step of a penalty after the optimizer's step: [T] -> [T].
 
-        For a penalty h this is argmin_z h(z) + |z - params|^2 / (2 lr); it can't diverge, where
-        the gradient of a steep h does.
+        By default that of an implicit `pull`.
         """
-        return params
+        pull = self.pull()
+        if pull is None or pull.is_explicit:
+            return params
+        return params.lerp(memory[pull.anchor], pull.weight(memory, lr=lr))
 
     def after_step(
         self,
@@ -159,6 +226,11 @@ class ClientStrategy:
             generator: Source of randomness.
         """
         return memory
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether local training is plain but for what `rehearsal` and `pull` declare."""
+        return not any(map(self.overrides, ("extend", "loss", "adjust", "proximal", "after_step")))
 
     def overrides(self, hook: str) -> bool:
         """Whether this strategy changes a hook; engines skip those that it leaves alone."""

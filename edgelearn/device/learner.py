@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
+from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, StateError, StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
-from edgelearn.seeds import derive, torch_generator
+from edgelearn.seeds import derive, split, torch_generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +135,28 @@ class Learner:
         state = self.consolidate(state, params, data, upto=position)
         memory = state.memory
         if state.begun <= position:
-            trained = self._bind(params)
-            memory = self.strategy.start(self.model, trained, memory, data.experience(position))
+            start = self._bind(params)
+            memory = self.strategy.start(self.model, start, memory, data.experience(position))
             self._check(memory)
         samples = data.samples(position)
-        generator = torch_generator(self.seed, "steps", server_round, data.device)
-        local, memory, loss, steps, passed = self._train(
-            params, memory, samples, generator, proximal_mu=proximal_mu
+        trained = Training(self.model, self.strategy, self.spec).run(
+            params,
+            memory,
+            samples,
+            seed=steps_seed(self.seed, server_round, data.device),
+            proximal_mu=proximal_mu,
         )
-        where = f"device {data.device} in round {server_round}"
-        if not math.isfinite(loss) or not bool(torch.isfinite(local).all()):
+        delta, loss = trained.params - params, trained.loss
+        if not math.isfinite(loss) or not _is_finite(delta):
+            where = f"device {data.device} in round {server_round}"
             raise DivergenceError(f"training diverged on {where}: loss {loss}")
-        self._check(memory)
-        new = DeviceState(memory, position + 1, state.consolidated)
-        metrics = {"num-examples": len(samples), "loss": loss, "num-steps": steps}
-        delta = local - params
+        self._check(trained.memory)
+        new = DeviceState(trained.memory, position + 1, state.consolidated)
+        metrics = {"num-examples": len(samples), "loss": loss, "num-steps": trained.num_steps}
         update = Update(self.model.layout.views(delta), metrics)
         if self.strategy.overrides("upload"):
-            update = self._plain(self.strategy.upload(update, samples, memory))
-        return Fit(new, update, passed)
+            update = self._plain(self.strategy.upload(update, samples, trained.memory))
+        return Fit(new, update, trained.num_samples)
 
     def consolidate(
         self, state: DeviceState, params: Tensor, data: DeviceData, *, upto: int
@@ -222,58 +224,15 @@ class Learner:
             )
         return Update(dict(update.arrays), dict(update.metrics))
 
-    def _train(
-        self,
-        params: Tensor,
-        memory: Memory,
-        samples: Samples,
-        generator: torch.Generator,
-        *,
-        proximal_mu: float,
-    ) -> tuple[Tensor, Memory, float, int, int]:
-        strategy, model, spec = self.strategy, self.model, self.spec
-        extends, adjusts = strategy.overrides("extend"), strategy.overrides("adjust")
-        proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
-        local, carried = params.clone(), params.clone()
-        model.carry(carried)  # apart from `local`, since a forward pass writes into it
-        model.module.train()
-        current = local[: model.layout.num_trained].requires_grad_()
-        reference = params[: model.layout.num_trained]
-        optimizer = _optimizer(spec, current)
-        total, steps, passed = 0.0, 0, 0
-        # Dropout and the like draw from torch's global generator.
-        layers = derive(generator.initial_seed(), "layers")
-        with _layers_seeded(layers), _counters_restored(model.module):
-            for _ in range(spec.epochs):
-                order = torch.randperm(len(samples), generator=generator)
-                for positions in torch.split(order, spec.batch_size):
-                    if len(positions) == 0:
-                        continue
-                    batch = samples.batch(positions)
-                    if extends:
-                        batch = strategy.extend(batch, memory, generator)
-                    loss = strategy.loss(model, current, batch, memory)
-                    (gradients,) = torch.autograd.grad(loss, current)
-                    with torch.no_grad():
-                        if adjusts:
-                            gradients = strategy.adjust(gradients, current, memory)
-                        if proximal_mu:
-                            gradients = gradients + proximal_mu * (current - reference)
-                        before = current.detach().clone() if after_step else current
-                        if optimizer is None:
-                            current.add_(gradients, alpha=-spec.lr)
-                        else:
-                            current.grad = gradients
-                            optimizer.step()
-                        if proximal:
-                            current.copy_(strategy.proximal(current, memory, lr=spec.lr))
-                        if after_step:
-                            after = current.detach().clone()  # memory may keep it
-                            memory = strategy.after_step(before, after, gradients, memory)
-                    total += float(loss.detach())
-                    steps, passed = steps + 1, passed + len(batch)
-        local[model.layout.num_trained :] = carried[model.layout.num_trained :]
-        return local.detach(), memory, total / steps if steps else 0.0, steps, passed
+
+def _is_finite(values: Tensor) -> bool:
+    # A finite sum has finite terms, and costs a quarter; a sum may overflow where no term is inf.
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def steps_seed(seed: int, server_round: int, device: int) -> int:
+    """Return the seed of a device's local training in a round; `seeds.split_all` gives many."""
+    return split(derive(seed, "steps", server_round), device)
 
 
 def make_learner(world: World) -> Learner:
@@ -286,41 +245,3 @@ def make_learner(world: World) -> Learner:
         facts=Facts(world.stream.num_experiences, world.num_classes, world.train.sample_bytes),
         seed=world.scenario.seed,
     )
-
-
-@contextlib.contextmanager
-def _counters_restored(module: nn.Module) -> Iterator[None]:
-    """Keep whole numbers of a module, such as batch norm's count of batches, from the next device.
-
-    They are not parameters: they are neither sent nor stored.
-    """
-    counters = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
-    values = [counter.clone() for counter in counters]
-    try:
-        yield
-    finally:
-        for counter, value in zip(counters, values, strict=True):
-            counter.copy_(value)
-
-
-@contextlib.contextmanager
-def _layers_seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator, and restore it; `torch.manual_seed` itself costs 2 ms."""
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
-
-
-def _optimizer(spec: ClientSpec, params: Tensor) -> torch.optim.Optimizer | None:
-    """Return torch's optimizer, or None for plain SGD, which is one fused operation."""
-    if spec.optimizer == "sgd":
-        if spec.momentum == 0 and spec.weight_decay == 0:
-            return None
-        return torch.optim.SGD(
-            [params], lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
-        )
-    kind = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.AdamW
-    return kind([params], lr=spec.lr, weight_decay=spec.weight_decay)

@@ -56,6 +56,14 @@ class Batch:
             mask = torch.cat([self.mask, other.mask])
         return Batch(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), weight, mask)
 
+    def split(self, size: int) -> list[Batch]:
+        """Return consecutive batches of `size` samples, the last maybe smaller; without weights."""
+        xs, ys = torch.split(self.x, size), torch.split(self.y, size)
+        if self.mask is None:
+            return [Batch(x, y) for x, y in zip(xs, ys, strict=True)]
+        masks = torch.split(self.mask, size)
+        return [Batch(x, y, None, m) for x, y, m in zip(xs, ys, masks, strict=True)]
+
     def _weights(self) -> Tensor:
         return torch.full((len(self),), 1.0 / len(self)) if self.weight is None else self.weight
 
@@ -66,6 +74,10 @@ class SampleStore(Protocol):
     @property
     def sample_bytes(self) -> int:
         """Bytes that one stored sample costs a device."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
 
     def labels(self, ids: Tensor) -> Tensor:
         """Return the labels [n], int64."""
@@ -136,9 +148,14 @@ class SharedSamples:
         self.domains = domains
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.x.shape[1:])
+
+    @property
     def sample_bytes(self) -> int:
         """Bytes of one stored sample, with one byte for the label."""
-        return math.prod(self.x.shape[1:]) * self.x.element_size() + 1
+        return math.prod(self.sample_shape) * self.x.element_size() + 1
 
     def labels(self, ids: Tensor) -> Tensor:
         """Return the labels [n], int64."""
@@ -166,9 +183,14 @@ class OwnedSamples:
         self._used = torch.ones(len(y), dtype=torch.bool)
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.x.shape[1:])
+
+    @property
     def sample_bytes(self) -> int:
         """Bytes of one stored sample, with one byte for the label."""
-        return math.prod(self.x.shape[1:]) * self.x.element_size() + 1
+        return math.prod(self.sample_shape) * self.x.element_size() + 1
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, encoding: Encoding) -> OwnedSamples:

@@ -65,6 +65,8 @@ def test_the_base_class_changes_nothing():
     batch, generator = Batch(X, Y), torch.Generator()
     assert strategy.declare(model, Facts(1, 3, 2)) == {}
     assert strategy.start(model, vector, memory, None) is memory
+    assert strategy.rehearsal() is strategy.pull() is None
+    assert strategy.is_declared
     assert strategy.extend(batch, memory, generator) is batch
     assert strategy.adjust(vector, vector, memory) is vector
     assert strategy.proximal(vector, memory, lr=0.1) is vector
@@ -81,6 +83,8 @@ def test_the_base_class_changes_nothing():
 HOOKS = (
     "declare",
     "start",
+    "rehearsal",
+    "pull",
     "extend",
     "loss",
     "adjust",
@@ -95,8 +99,8 @@ HOOKS = (
     ("strategy", "expected"),
     [
         (Naive(), set()),
-        (Replay(), {"declare", "extend", "finish"}),
-        (EWC(), {"declare", "loss", "proximal", "finish"}),
+        (Replay(), {"declare", "rehearsal", "finish"}),
+        (EWC(), {"declare", "pull", "finish"}),
     ],
 )
 def test_engines_can_see_which_hooks_a_strategy_has(strategy, expected):
@@ -112,6 +116,7 @@ def test_a_hook_inherited_from_another_strategy_counts():
         pass
 
     assert Second().overrides("adjust")
+    assert not Second().is_declared
     assert not Second().overrides("extend")
 
 

@@ -16,11 +16,11 @@ from edgelearn.continual.memory import Declaration, Memory, TensorSpec
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.strategy import ClientStrategy, Update
-from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.device.learner import DeviceState, Learner, steps_seed
 from edgelearn.errors import DivergenceError, StateError, StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.spec import ClientSpec
-from edgelearn.seeds import torch_generator
+from edgelearn.seeds import permutation, split
 from edgelearn.testing.toy import ToyDevice, toy_devices, toy_facts, toy_learner
 
 ROUND = 3
@@ -79,10 +79,11 @@ def plain_loop(
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
         optimizer = kind(module.parameters(), spec.lr, weight_decay=spec.weight_decay)
     x, y = device.samples(0).batch().x, device.samples(0).labels
-    generator = torch_generator(seed, "steps", ROUND, device.device)
+    own_seed = steps_seed(seed, ROUND, device.device)
     losses = []
-    for _ in range(spec.epochs):
-        for chosen in torch.randperm(len(y), generator=generator).split(spec.batch_size):
+    for epoch in range(spec.epochs):
+        order = torch.from_numpy(permutation(split(own_seed, epoch), len(y)))
+        for chosen in order.split(spec.batch_size):
             loss = F.cross_entropy(module(x[chosen]), y[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -111,7 +112,7 @@ def assert_equal(update: Update, expected: dict[str, Tensor], atol: float = 0.0)
         ({}, 1e-7),
         ({"epochs": 1, "batch_size": 100}, 1e-7),
         ({"batch_size": 3}, 1e-7),
-        ({"momentum": 0.9}, 1e-7),
+        ({"momentum": 0.9}, 3e-7),
         ({"weight_decay": 0.01}, 1e-7),
         ({"momentum": 0.5, "weight_decay": 0.1}, 1e-7),
         ({"optimizer": "adam", "lr": 0.01}, 1e-6),
@@ -279,9 +280,9 @@ def test_hooks_are_called_in_their_documented_places() -> None:
     learner, device = toy_learner(AllHooks(), epochs=1), toy_devices()[0]
     found = fit(learner, device)
     params = learner.model.initial()
-    generator = torch_generator(0, "steps", ROUND, 0)
+    order = torch.from_numpy(permutation(split(steps_seed(0, ROUND, 0), 0), 10))
     samples, path, steps = device.samples(0), 0.0, 0
-    for chosen in torch.randperm(10, generator=generator).split(4):
+    for chosen in order.split(4):
         batch = samples.batch(chosen)
         leaf = params.clone().requires_grad_()
         F.cross_entropy(learner.model(leaf, batch.x), batch.y).backward()

@@ -1,0 +1,277 @@
+"""Local training: epochs of steps from the global parameters, by a client strategy.
+
+There are two ways, and the same result. Autograd trains any network with any strategy. A plain
+stack of linear layers with a strategy that declares what it does (`ClientStrategy.is_declared`) is
+trained by the written-out backward pass, which applies SGD inside the weight product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgelearn.continual.memory import Memory
+from edgelearn.continual.strategy import ClientStrategy
+from edgelearn.params import FlatModel
+from edgelearn.scenario.samples import Batch, Samples
+from edgelearn.scenario.spec import ClientSpec
+from edgelearn.seeds import derive, permutation, split
+from edgelearn.stack import LinearStack, Stack, cross_entropy, stack_of
+
+_GATHERED = 2**19  # numbers of input that are decoded at once: 2 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The outcome of local training.
+
+    Attributes:
+        params: Local parameters [P].
+        memory: The strategy's memory.
+        loss: Mean over steps; 0 without any.
+        num_steps: Steps taken.
+        num_samples: Samples that passed through them, replayed ones included.
+    """
+
+    params: Tensor
+    memory: Memory
+    loss: float
+    num_steps: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How all devices train.
+
+    Attributes:
+        model: The network.
+        strategy: The client strategy.
+        spec: Epochs, batch size, optimizer.
+    """
+
+    model: FlatModel
+    strategy: ClientStrategy
+    spec: ClientSpec
+
+    def run(
+        self,
+        params: Tensor,
+        memory: Memory,
+        samples: Samples,
+        *,
+        seed: int,
+        proximal_mu: float = 0.0,
+    ) -> Trained:
+        """Train one device.
+
+        Args:
+            params: Global parameters [P]; not changed.
+            memory: What the device remembers.
+            samples: Its samples.
+            seed: Of all that is drawn: the order of samples, replay, dropout.
+            proximal_mu: FedProx's mu.
+        """
+        if len(samples) == 0:
+            return Trained(params.clone(), memory, 0.0, 0, 0)
+        steps = self._steps(samples, memory, seed)
+        stack = self._written_out(samples)
+        if stack is None:
+            return self._by_autograd(params, memory, steps, seed, proximal_mu)
+        return self._by_hand(stack, params, memory, steps, proximal_mu)
+
+    def _written_out(self, samples: Samples) -> Stack | None:
+        if not self.strategy.is_declared or self.spec.optimizer != "sgd":
+            return None
+        stack = stack_of(self.model, samples.store.sample_shape)
+        return stack if stack is not None and stack.is_linear else None
+
+    def _steps(self, samples: Samples, memory: Memory, seed: int) -> Iterator[_Step]:
+        """Yield the batch of each step, joined by what the strategy adds from memory.
+
+        `after_step` may replace the memory, so the caller sends the current one back in `_Step`.
+        """
+        strategy, size = self.strategy, self.spec.batch_size
+        extends = strategy.overrides("extend") or strategy.rehearsal() is not None
+        generator = torch.Generator().manual_seed(seed) if extends else None
+        step = _Step(memory)
+        for epoch in range(self.spec.epochs):
+            order = torch.from_numpy(permutation(split(seed, epoch), len(samples)))
+            for batch in _batches(samples, order, size):
+                if generator is not None:
+                    step.batch = strategy.extend(batch, step.memory, generator)
+                else:
+                    step.batch = batch
+                yield step
+
+    def _by_autograd(
+        self, params: Tensor, memory: Memory, steps: Iterator[_Step], seed: int, mu: float
+    ) -> Trained:
+        strategy, model, spec = self.strategy, self.model, self.spec
+        pull = strategy.pull()
+        adjusts = strategy.overrides("adjust") or (pull is not None and pull.is_explicit)
+        proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
+        implicit = None
+        if pull is not None and not pull.is_explicit and not proximal:
+            implicit = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
+        local, carried = params.clone(), params.clone()
+        model.carry(carried)  # apart from `local`, since a forward pass writes into it
+        model.module.train()
+        current = local[: model.layout.num_trained].requires_grad_()
+        reference = params[: model.layout.num_trained]
+        optimizer = _optimizer(spec, current)
+        total, count, passed = 0.0, 0, 0
+        # Dropout and the like draw from torch's global generator.
+        with _layers_seeded(derive(seed, "layers")), _counters_restored(model.module):
+            for step in steps:
+                batch, memory = step.batch, step.memory
+                loss = strategy.loss(model, current, batch, memory)
+                (gradients,) = torch.autograd.grad(loss, current)
+                with torch.no_grad():
+                    if adjusts:
+                        gradients = strategy.adjust(gradients, current, memory)
+                    if mu:
+                        gradients = gradients + mu * (current - reference)
+                    before = current.detach().clone() if after_step else current
+                    optimizer.step(gradients)
+                    if implicit is not None:
+                        current.lerp_(*implicit)
+                    elif proximal:
+                        current.copy_(strategy.proximal(current, memory, lr=spec.lr))
+                    if after_step:
+                        after = current.detach().clone()  # memory may keep it
+                        step.memory = strategy.after_step(before, after, gradients, memory)
+                        memory = step.memory
+                total += float(loss.detach())
+                count, passed = count + 1, passed + len(batch)
+        local[model.layout.num_trained :] = carried[model.layout.num_trained :]
+        return Trained(local.detach(), memory, total / count, count, passed)
+
+    @torch.no_grad()
+    def _by_hand(
+        self, stack: Stack, params: Tensor, memory: Memory, steps: Iterator[_Step], mu: float
+    ) -> Trained:
+        spec, pull = self.spec, self.strategy.pull()
+        local = params.clone()
+        network = LinearStack(stack, local)
+        is_fused = spec.momentum == 0 and (pull is None or not pull.is_explicit)
+        gradients = torch.empty(0) if is_fused else torch.empty_like(local)
+        optimizer = _Sgd(spec, local)
+        implicit = None
+        if pull is not None and not pull.is_explicit:
+            implicit = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
+        total, count, passed = 0.0, 0, 0
+        for step in steps:
+            batch = step.batch
+            inputs, logits = network.forward(batch.x)
+            loss, delta = cross_entropy(logits, batch.y, batch.weight, batch.mask)
+            if is_fused:
+                # theta - lr (g + mu (theta - global) + decay theta), in two sweeps
+                network.step(inputs, delta, lr=spec.lr, decay=mu + spec.weight_decay)
+                if mu:
+                    local.add_(params, alpha=spec.lr * mu)
+            else:
+                network.gradient(inputs, delta, gradients)
+                if pull is not None and pull.is_explicit:
+                    gradients.add_(pull.gradient(local, memory))
+                if mu:
+                    gradients.add_(local - params, alpha=mu)
+                optimizer.step(gradients)
+            if implicit is not None:
+                local.lerp_(*implicit)
+            total += float(loss)
+            count, passed = count + 1, passed + len(batch)
+        return Trained(local, memory, total / count, count, passed)
+
+
+class _Step:
+    """One step's batch, and the memory as it is now."""
+
+    __slots__ = ("batch", "memory")
+    batch: Batch
+    memory: Memory
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+
+def _batches(samples: Samples, order: Tensor, size: int) -> Iterator[Batch]:
+    """Yield batches in order; many are decoded at once, since each decoding has fixed costs."""
+    numbers = max(1, math.prod(samples.store.sample_shape))
+    run = max(1, _GATHERED // (numbers * size)) * size
+    for positions in torch.split(order, run):
+        yield from samples.batch(positions).split(size)
+
+
+class _Optimizer(Protocol):
+    def step(self, gradients: Tensor) -> None:
+        """Change the parameters in place."""
+
+
+class _Sgd:
+    """SGD on one flat vector, with the arithmetic of `torch.optim.SGD`."""
+
+    def __init__(self, spec: ClientSpec, params: Tensor) -> None:
+        self._spec, self._params = spec, params
+        self._momentum: Tensor | None = None
+
+    def step(self, gradients: Tensor) -> None:
+        spec = self._spec
+        if spec.weight_decay:
+            gradients = gradients.add(self._params, alpha=spec.weight_decay)
+        if spec.momentum:
+            if self._momentum is None:
+                self._momentum = gradients.clone()
+            else:
+                self._momentum.mul_(spec.momentum).add_(gradients)
+            gradients = self._momentum
+        self._params.add_(gradients, alpha=-spec.lr)
+
+
+class _Torch:
+    """An optimizer of torch's."""
+
+    def __init__(self, spec: ClientSpec, params: Tensor) -> None:
+        kind = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.AdamW
+        self._optimizer = kind([params], lr=spec.lr, weight_decay=spec.weight_decay)
+        self._params = params
+
+    def step(self, gradients: Tensor) -> None:
+        self._params.grad = gradients
+        self._optimizer.step()
+
+
+def _optimizer(spec: ClientSpec, params: Tensor) -> _Optimizer:
+    return _Sgd(spec, params) if spec.optimizer == "sgd" else _Torch(spec, params)
+
+
+@contextlib.contextmanager
+def _counters_restored(module: nn.Module) -> Iterator[None]:
+    """Keep whole numbers of a module, such as batch norm's count of batches, from the next device.
+
+    They are not parameters: they are neither sent nor stored.
+    """
+    counters = [buffer for buffer in module.buffers() if not buffer.is_floating_point()]
+    values = [counter.clone() for counter in counters]
+    try:
+        yield
+    finally:
+        for counter, value in zip(counters, values, strict=True):
+            counter.copy_(value)
+
+
+@contextlib.contextmanager
+def _layers_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator, and restore it; `torch.manual_seed` itself costs 2 ms."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
