@@ -4,8 +4,9 @@ A device's state has a fixed size (the client strategy declares it), so a record
 of the current transaction goes to the slot that is not live; `commit` makes it live. A crash
 before the commit leaves the live slots as they were. Pages that no device touched cost no disk.
 
-Which slot is live, and each record's checksum, are two small tables that belong into the run's
-checkpoint; the file alone can't be read without them.
+Which slot is live, each record's checksum and how far each device is in its stream are small
+tables that belong into the run's checkpoint; the file alone can't be read without them. Training
+that leaves a device's memory as it was only moves the device on: its record stays where it is.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from edgelearn.continual.memory import Declaration, Memory
-from edgelearn.device.learner import DeviceState
 from edgelearn.errors import StateError
 from edgelearn.scenario.samples import SampleStore
 
 _ALIGN = 64
-_HEADER = 2  # begun, consolidated: int64 each
 UNWRITTEN = 255
 
 
@@ -42,11 +42,11 @@ class RecordLayout:
     @classmethod
     def of(cls, declaration: Declaration) -> RecordLayout:
         """Lay the tensors of a declaration out, each aligned to a cache line."""
-        offset, offsets = _ALIGN, []
+        offset, offsets = 0, []
         for spec in declaration.values():
             offsets.append(offset)
             offset += math.ceil(spec.stored_bytes / _ALIGN) * _ALIGN
-        return cls(declaration, tuple(offsets), offset)
+        return cls(declaration, tuple(offsets), max(offset, _ALIGN))
 
 
 class RecordFile:
@@ -71,10 +71,9 @@ class RecordFile:
         with path.open("wb") as file:
             file.truncate(2 * num_devices * layout.size)
 
-    def read(self, device: int, slot: int, store: SampleStore | None) -> DeviceState:
-        """Copy a state out."""
+    def read(self, device: int, slot: int, store: SampleStore | None) -> Memory:
+        """Copy a memory out."""
         record = self._record(device, slot)
-        begun, consolidated = record[: 8 * _HEADER].view(np.int64).tolist()
         tensors = {}
         for (name, spec), offset in zip(
             self._layout.declaration.items(), self._layout.offsets, strict=True
@@ -83,16 +82,15 @@ class RecordFile:
             raw = value.view(-1).view(torch.uint8).numpy()
             raw[:] = record[offset : offset + spec.stored_bytes]
             tensors[name] = value
-        return DeviceState(Memory(tensors, store), begun, consolidated)
+        return Memory(tensors, store)
 
-    def write(self, device: int, slot: int, state: DeviceState) -> int:
-        """Write a state; return the record's checksum."""
+    def write(self, device: int, slot: int, memory: Memory) -> int:
+        """Write a memory; return the record's checksum."""
         record = self._record(device, slot)
-        record[: 8 * _HEADER].view(np.int64)[:] = (state.begun, state.consolidated)
         for (name, spec), offset in zip(
             self._layout.declaration.items(), self._layout.offsets, strict=True
         ):
-            raw = state.memory[name].detach().contiguous().view(-1).view(torch.uint8)
+            raw = memory[name].detach().contiguous().view(-1).view(torch.uint8)
             record[offset : offset + spec.stored_bytes] = raw.numpy()
         return self.checksum(device, slot)
 
@@ -109,6 +107,24 @@ class RecordFile:
         return self._bytes[start : start + self._layout.size]
 
 
+class Tables(NamedTuple):
+    """What a checkpoint has to hold.
+
+    Attributes:
+        live: Live slot of each device [N], or UNWRITTEN.
+        checksums: Of the live records [N].
+        progress: Experiences begun and consolidated [N, 2].
+    """
+
+    live: NDArray[np.uint8]
+    checksums: NDArray[np.uint32]
+    progress: NDArray[np.int32]
+
+    def copy(self) -> Tables:
+        """Return copies of all three."""
+        return Tables(self.live.copy(), self.checksums.copy(), self.progress.copy())
+
+
 class FleetStore:
     """The transactions over a `RecordFile`; lives in one process."""
 
@@ -117,7 +133,7 @@ class FleetStore:
         path: Path,
         declaration: Declaration,
         num_devices: int,
-        tables: tuple[NDArray[np.uint8], NDArray[np.uint32]] | None = None,
+        tables: Tables | None = None,
     ) -> None:
         """Open the store, or create it where there are no tables of an earlier checkpoint.
 
@@ -128,48 +144,59 @@ class FleetStore:
         self._touched: set[int] = set()
         if tables is None:
             RecordFile.create(path, self.layout, num_devices)
-            self._live = np.full(num_devices, UNWRITTEN, dtype=np.uint8)
-            self._checksums = np.zeros(num_devices, dtype=np.uint32)
+            self._tables = Tables(
+                np.full(num_devices, UNWRITTEN, dtype=np.uint8),
+                np.zeros(num_devices, dtype=np.uint32),
+                np.zeros((num_devices, 2), dtype=np.int32),
+            )
         else:
-            self._live, self._checksums = tables[0].copy(), tables[1].copy()
-            if not len(self._live) == len(self._checksums) == num_devices:
+            self._tables = tables.copy()
+            if not all(len(table) == num_devices for table in tables):
                 raise StateError(
-                    f"{path}: the checkpoint has {len(self._live)} devices, the fleet {num_devices}"
+                    f"{path}: the checkpoint has {len(tables.live)} devices, the fleet "
+                    f"{num_devices}"
                 )
         if not path.is_file():
             raise StateError(f"{path}: the file with the devices' state is missing")
         self.file = RecordFile(path, self.layout, num_devices)
-        self._pending = self._checksums.copy()
-        for device in np.flatnonzero(self._live != UNWRITTEN).tolist():
-            found = self.file.checksum(device, int(self._live[device]))
-            if found != self._checksums[device]:
+        live, checksums, _ = self._tables
+        for device in np.flatnonzero(live != UNWRITTEN).tolist():
+            found = self.file.checksum(device, int(live[device]))
+            if found != checksums[device]:
                 raise StateError(
                     f"{path}: the state of device {device} is damaged (checksum {found:08x}, "
-                    f"expected {int(self._checksums[device]):08x})"
+                    f"expected {int(checksums[device]):08x})"
                 )
+        self._pending = self._tables.copy()
+
+    @property
+    def progress(self) -> NDArray[np.int32]:
+        """Experiences that each device has begun and consolidated [N, 2], as of now."""
+        return self._pending.progress
 
     def slots(self, device: int) -> tuple[int, int]:
         """Return the slot to read (UNWRITTEN if none) and the slot to write."""
-        live = int(self._live[device])
+        live = int(self._tables.live[device])
         spare = 0 if live == UNWRITTEN else 1 - live
         return (spare, spare) if device in self._touched else (live, spare)
 
     def written(self, device: int, checksum: int) -> None:
-        """Note that the spare slot of a device holds its new state."""
+        """Note that the spare slot of a device holds its new memory."""
         self._touched.add(device)
-        self._pending[device] = checksum
+        self._pending.checksums[device] = checksum
 
     def revert(self, device: int) -> None:
         """Go back to a device's live state: its spare slot may be torn."""
         self._touched.discard(device)
-        self._pending[device] = self._checksums[device]
+        self._pending.checksums[device] = self._tables.checksums[device]
+        self._pending.progress[device] = self._tables.progress[device]
 
-    def commit(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    def commit(self) -> Tables:
         """Make the new states live and durable; return the tables for the checkpoint."""
         if self._touched:
             self.file.sync()
         for device in self._touched:
-            self._live[device] = self.slots(device)[1]
+            self._pending.live[device] = self.slots(device)[1]
         self._touched.clear()
-        self._checksums = self._pending.copy()
-        return self._live.copy(), self._checksums.copy()
+        self._tables = self._pending.copy()
+        return self._tables.copy()

@@ -72,12 +72,15 @@ class CohortExecutor:
         default = self._world.stream.position(max(server_round, 1))
         position = int(wire.number_in(config, "position", default))
         read_slot, write_slot = self._store.slots(device)
+        begun, consolidated = self._store.progress[device].tolist()
         return Job(
             row=row,
             device=device,
             phase=phase,
             server_round=server_round,
             position=position,
+            begun=begun,
+            consolidated=consolidated,
             read_slot=read_slot,
             write_slot=write_slot,
             cost=len(self._world.train_samples(device, position)),
@@ -94,6 +97,8 @@ class CohortExecutor:
             return Delivery(Error(compat.ErrorCode.RAISED, done.error))
         if done.checksum is not None:
             self._store.written(job.device, done.checksum)
+        if done.progress is not None:
+            self._store.progress[job.device] = done.progress
         arrays = None
         if job.phase is Phase.FIT:
             as_delta = wire.config_of(message).get("edgelearn-wire") == "delta"

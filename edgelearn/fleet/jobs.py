@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+Integers = NDArray[np.int64]
 
 
 class Phase(enum.StrEnum):
@@ -28,8 +32,10 @@ class Job:
         phase: What to do.
         server_round: Round, from 1 (0 before the first).
         position: Position in the stream.
-        read_slot: Where the device's state lies.
-        write_slot: Where its new state goes.
+        begun: Experiences that the device has begun.
+        consolidated: Experiences that it has consolidated.
+        read_slot: Where its memory lies.
+        write_slot: Where its new memory goes.
         cost: Expected work, in samples; the longest starts first.
         serial: Changes with the global parameters.
         proximal_mu: FedProx's mu.
@@ -40,6 +46,8 @@ class Job:
     phase: Phase
     server_round: int
     position: int
+    begun: int
+    consolidated: int
     read_slot: int
     write_slot: int
     cost: int
@@ -54,7 +62,8 @@ class Done:
     Attributes:
         row: The job's.
         metrics: Admitted by the egress guard.
-        checksum: Of the device's new state; None if it has none.
+        progress: Experiences begun and consolidated now; None if that did not change.
+        checksum: Of the device's new memory; None if it was not written.
         num_samples: Samples that passed through training.
         error: Why it failed; None if it did not.
         died: Whether its process died, so that what it was writing can't be trusted.
@@ -62,10 +71,111 @@ class Done:
 
     row: int
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    progress: tuple[int, int] | None = None
     checksum: int | None = None
     num_samples: int = 0
     error: str | None = None
     died: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CohortFit:
+    """Local training of a cohort, all from the same parameters: many fit jobs as arrays [K].
+
+    Attributes:
+        devices: Which devices; int64.
+        server_round: Round, from 1.
+        position: Position in the stream.
+        begun: Experiences that each has begun.
+        consolidated: Experiences that each has consolidated.
+        read_slots: Where their memories lie.
+        write_slots: Where new memories go.
+        serial: Changes with the global parameters.
+        proximal_mu: FedProx's mu.
+    """
+
+    devices: Integers
+    server_round: int
+    position: int
+    begun: Integers
+    consolidated: Integers
+    read_slots: Integers
+    write_slots: Integers
+    serial: int
+    proximal_mu: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def jobs(self, rows: Iterable[int], costs: Integers) -> list[Job]:
+        """Return the jobs of some rows, one for each device; `costs` [K] is in samples."""
+        return [
+            Job(
+                row,
+                int(self.devices[row]),
+                Phase.FIT,
+                self.server_round,
+                self.position,
+                int(self.begun[row]),
+                int(self.consolidated[row]),
+                int(self.read_slots[row]),
+                int(self.write_slots[row]),
+                int(costs[row]),
+                self.serial,
+                self.proximal_mu,
+            )
+            for row in rows
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class CohortDone:
+    """What came of a cohort's training, as arrays [K]; rows with an error hold zeros.
+
+    Attributes:
+        num_examples: Samples of each device.
+        loss: Mean loss over its steps.
+        num_steps: Its steps.
+        num_samples: Samples that passed through training.
+        progress: Experiences begun and consolidated now [K, 2].
+        checksums: Row -> checksum of the new memory, where one was written.
+        errors: Row -> why it failed.
+        died: Rows whose process died.
+    """
+
+    num_examples: Integers
+    loss: NDArray[np.float64]
+    num_steps: Integers
+    num_samples: Integers
+    progress: Integers
+    checksums: dict[int, int] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+    died: set[int] = field(default_factory=set)
+
+    @classmethod
+    def empty(cls, cohort: CohortFit) -> CohortDone:
+        """Return one to be filled."""
+        size = len(cohort)
+        counts = [np.zeros(size, np.int64) for _ in range(3)]
+        progress = np.stack([cohort.begun, cohort.consolidated], axis=1)
+        return cls(counts[0], np.zeros(size), counts[1], counts[2], progress)
+
+    def take(self, done: Done) -> None:
+        """Fill in the row of one job."""
+        row = done.row
+        if done.died:
+            self.died.add(row)
+        if done.error is not None:
+            self.errors[row] = done.error
+            return
+        self.num_examples[row] = done.metrics["num-examples"]
+        self.loss[row] = done.metrics["loss"]
+        self.num_steps[row] = done.metrics["num-steps"]
+        self.num_samples[row] = done.num_samples
+        if done.progress is not None:
+            self.progress[row] = done.progress
+        if done.checksum is not None:
+            self.checksums[row] = done.checksum
 
 
 class Engine(Protocol):
@@ -92,5 +202,28 @@ class Engine(Protocol):
             error, never a missing one.
         """
 
+    def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
+        """Train a cohort; as `run` with fit jobs, and with the same bits.
+
+        Args:
+            cohort: K devices.
+            params: Global parameters [P].
+            updates: Where the updates go [K, P], float32.
+        """
+
     def close(self) -> None:
         """Release processes and memory."""
+
+
+def fit_by_jobs(
+    run: Callable[[Sequence[Job], Tensor, Tensor], list[Done]],
+    cohort: CohortFit,
+    costs: Integers,
+    params: Tensor,
+    updates: Tensor,
+) -> CohortDone:
+    """Train a cohort by one job for each device; for engines that have nothing better."""
+    done = CohortDone.empty(cohort)
+    for result in run(cohort.jobs(range(len(cohort)), costs), params, updates):
+        done.take(result)
+    return done

@@ -23,7 +23,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from edgelearn.errors import RunError
-from edgelearn.fleet.jobs import Done, Job, Phase
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -56,6 +56,7 @@ class PoolEngine:
         samples = (world.train.x, world.train.y, world.test.x, world.test.y)
         for tensor in (self._params, self._updates, *samples):
             tensor.share_memory_()  # type: ignore[no-untyped-call]
+        self._world = world
         self._arguments = (world, store_path, self._params, self._updates)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
@@ -88,6 +89,11 @@ class PoolEngine:
                 done += [replace(result, row=result.row + start) for result in results]
             return done
         return self._run_wave(jobs, updates)
+
+    def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
+        """Train a cohort, the largest devices first."""
+        costs = self._world.train_sizes(cohort.devices, cohort.position)
+        return fit_by_jobs(self.run, cohort, costs, params, updates)
 
     def _run_wave(self, jobs: Sequence[Job], updates: Tensor) -> list[Done]:
         queue = deque(sorted(jobs, key=lambda job: (-job.cost, job.row)))

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from edgelearn.fleet.jobs import Done, Job
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, fit_by_jobs
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -19,6 +19,7 @@ class ReferenceEngine:
     """One workbench, one thread."""
 
     def __init__(self, world: World, store_path: Path) -> None:
+        self._world = world
         self._bench = Workbench(world, store_path)
 
     @property
@@ -39,6 +40,11 @@ class ReferenceEngine:
             return [self._bench.perform(job, params, updates[job.row]) for job in jobs]
         finally:
             torch.set_num_threads(threads)
+
+    def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
+        """Train a cohort, one device after another."""
+        costs = self._world.train_sizes(cohort.devices, cohort.position)
+        return fit_by_jobs(self.run, cohort, costs, params, updates)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.device.fleet_store import FleetStore
+from edgelearn.device.fleet_store import FleetStore, Tables
 from edgelearn.device.profile import Profile
 from edgelearn.errors import RunError
 from edgelearn.fleet.cohort import CohortExecutor
@@ -80,10 +79,11 @@ class SimulatedFleet:
 
     def commit(self) -> Mapping[str, Tensor]:
         """Make the devices' new states durable; return the tables of the store."""
-        live, checksums = self._store.commit()
+        live, checksums, progress = self._store.commit()
         return {
             "fleet.live": torch.from_numpy(live),
             "fleet.checksums": torch.from_numpy(checksums.astype(np.int64)),
+            "fleet.progress": torch.from_numpy(progress),
         }
 
     def restore(self, tensors: Mapping[str, Tensor], clock_s: float) -> None:  # noqa: ARG002
@@ -91,9 +91,10 @@ class SimulatedFleet:
         self.grid.clock_s = clock_s
 
 
-def tables_of(
-    tensors: Mapping[str, Tensor],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+def tables_of(tensors: Mapping[str, Tensor]) -> Tables:
     """Return the tables of the store from what `SimulatedFleet.commit` returned."""
-    live = tensors["fleet.live"].numpy()
-    return live, tensors["fleet.checksums"].numpy().astype(np.uint32)
+    return Tables(
+        tensors["fleet.live"].numpy(),
+        tensors["fleet.checksums"].numpy().astype(np.uint32),
+        tensors["fleet.progress"].numpy(),
+    )

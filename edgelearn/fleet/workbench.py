@@ -87,7 +87,7 @@ class Workbench:
             new = self._learner.consolidate(state, params, data, upto=job.position + 1)
             metrics = {"num-examples": len(data.samples(job.position))}
             schema.admit({}, metrics)
-            return Done(job.row, metrics, self._file.write(job.device, job.write_slot, new))
+            return Done(job.row, metrics, *self._keep(job, state, new))
         fit = self._learner.fit(
             state,
             params,
@@ -99,13 +99,24 @@ class Workbench:
         schema.admit(fit.update.arrays, fit.update.metrics)
         for name, view in self._learner.model.layout.views(update).items():
             view.copy_(fit.update.arrays[name])
-        checksum = self._file.write(job.device, job.write_slot, fit.state)
-        return Done(job.row, fit.update.metrics, checksum, fit.num_samples)
+        kept = self._keep(job, state, fit.state)
+        return Done(job.row, fit.update.metrics, *kept, num_samples=fit.num_samples)
 
     def _state(self, job: Job) -> DeviceState:
         if job.read_slot == UNWRITTEN:
-            return self._learner.initial_state(self._world.train)
-        return self._file.read(job.device, job.read_slot, self._world.train)
+            memory = self._learner.initial_state(self._world.train).memory
+        else:
+            memory = self._file.read(job.device, job.read_slot, self._world.train)
+        return DeviceState(memory, job.begun, job.consolidated)
+
+    def _keep(
+        self, job: Job, old: DeviceState, new: DeviceState
+    ) -> tuple[tuple[int, int], int | None]:
+        """Write a device's memory if it changed; return its progress and the checksum."""
+        progress = (new.begun, new.consolidated)
+        if new.memory is old.memory:
+            return progress, None
+        return progress, self._file.write(job.device, job.write_slot, new.memory)
 
     def _evaluate(
         self, job: Job, state: DeviceState, params: Tensor, data: SimulatedData

@@ -52,6 +52,39 @@ class World:
         experience_id = self.stream.experience_id(device, position)
         return Samples(self.train, self._train_index.ids(device, experience_id))
 
+    def train_sizes(self, devices: NDArray[np.int64], position: int) -> NDArray[np.int64]:
+        """Return how many training samples each device meets at a position of its stream."""
+        starts, ends = self._train_index.bounds(self._groups(devices, position))
+        return ends - starts
+
+    def train_ids(
+        self, devices: NDArray[np.int64], position: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return what `train_samples` gives for many devices.
+
+        Returns:
+            All ids [n], and where each device's begin, with the end [K + 1].
+        """
+        index, experiences = self._train_index, self._groups(devices, position)
+        starts, ends = index.bounds(experiences)
+        offsets = np.concatenate([[0], np.cumsum(ends - starts)])
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
+        ids = index.sorted_ids.numpy()[places]
+        if index.domain_size:
+            shift = (experiences[1] * index.domain_size).astype(np.int32)
+            ids = ids + np.repeat(shift, ends - starts)
+        return ids, offsets
+
+    def _groups(
+        self, devices: NDArray[np.int64], position: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the devices and the experience that each meets at a position."""
+        if self.scenario.stream.order == "shared":
+            experience = self.stream.experience_id(0, position)
+            return devices, np.full(len(devices), experience, np.int64)
+        found = [self.stream.experience_id(int(device), position) for device in devices]
+        return devices, np.array(found, np.int64)
+
     def test_samples(self, device: int, experience_id: int) -> Samples:
         """Return a device's own test samples of an experience (by id, not position)."""
         return Samples(self.test, self._test_index.ids(device, experience_id))
@@ -103,6 +136,15 @@ class _Index:
         starts = np.searchsorted(keys[order], np.arange(len(parts) * count + 1))
         size = 0 if splits else len(labels)
         return cls(torch.from_numpy(ids[order].astype(np.int32)), starts, count, size)
+
+    def bounds(
+        self, groups: tuple[NDArray[np.int64], NDArray[np.int64]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the ids of devices' experiences begin and end; see `ids`."""
+        devices, experiences = groups
+        within = 0 if self.domain_size else experiences
+        group = devices * self.num_experiences + within
+        return self.starts[group], self.starts[group + 1]
 
     def ids(self, device: int, experience_id: int) -> Tensor:
         """Return the sample ids of a device's experience."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from edgelearn.device.fleet_store import RecordFile, RecordLayout
@@ -46,12 +47,12 @@ def _through_fleet_file(
     layout = RecordLayout.of(subject.learner.declaration)
     RecordFile.create(path, layout, 2)
     file = RecordFile(path, layout, 2)
-    file.write(1, 1, state)
+    file.write(1, 1, state.memory)
     read = file.read(1, 1, device.store)
     for name, value in state.memory.items():
-        if not same(value, read.memory[name]):
+        if not same(value, read[name]):
             raise Broken(f"memory {name!r} came back from a fleet's file changed. {_ADVICE}")
-    return read
+    return replace(state, memory=read)
 
 
 def _expect_same(place: str, expected: Fit, found: Fit) -> None:

@@ -86,6 +86,7 @@ class Bench:
         jobs = []
         for row, device in enumerate(chosen):
             read_slot, write_slot = self.store.slots(device)
+            begun, consolidated = self.store.progress[device].tolist()
             jobs.append(
                 Job(
                     row=row,
@@ -93,6 +94,8 @@ class Bench:
                     phase=phase,
                     server_round=position + 1,
                     position=position,
+                    begun=begun,
+                    consolidated=consolidated,
                     read_slot=read_slot,
                     write_slot=write_slot,
                     cost=10 * (device % 3),
@@ -104,6 +107,8 @@ class Bench:
         for job, done in zip(jobs, results, strict=True):
             if done.checksum is not None:
                 self.store.written(job.device, done.checksum)
+            if done.progress is not None:
+                self.store.progress[job.device] = done.progress
         self.store.commit()
         return results, updates
 
@@ -190,6 +195,7 @@ def assert_only_the_victim_differs(
         if row == VICTIM:
             assert error in (found[0][row].error or "")
             assert found[0][row].checksum is None
+            assert found[0][row].progress is None
             assert found[0][row].metrics == {}
             if found[1].numel():
                 assert not found[1][row].any()

@@ -165,3 +165,23 @@ def test_beyond_the_end_of_the_stream_there_is_nothing(raw, order, kind):
         world.train_samples(0, 5)  # not the next device's first experience
     with pytest.raises(IndexError):
         world.test_samples(0, 5).batch()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"stream__order": "per-device"},
+        {"stream__kind": "domain-incremental"},
+    ],
+)
+def test_ids_of_many_devices_are_those_of_each(raw, overrides):
+    world = made(raw, **overrides)
+    devices = np.array([5, 0, 3])
+    for position in range(world.stream.num_experiences):
+        ids, starts = world.train_ids(devices, position)
+        assert ids.dtype == np.int32
+        assert np.diff(starts).tolist() == world.train_sizes(devices, position).tolist()
+        for row, device in enumerate(devices.tolist()):
+            alone = world.train_samples(device, position).ids.numpy()
+            assert np.array_equal(ids[starts[row] : starts[row + 1]], alone)
