@@ -130,7 +130,13 @@ def _scenario_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         metavar="NAME",
         default="auto",
-        help="auto, reference or pool; no effect on results",
+        help="auto, reference or pool; no effect on results beyond rounding",
+    )
+    parser.add_argument(
+        "--federation",
+        metavar="MODE",
+        default="auto",
+        help="auto, faithful (a message for each device) or fused (one for the cohort's mean)",
     )
 
 
@@ -181,6 +187,7 @@ def _run(options: argparse.Namespace) -> int:
                 scenario,
                 out=directory,
                 engine=options.engine,
+                federation=options.federation,
                 num_workers=options.workers,
                 on_round=on_round,
                 checkpoint_every_s=options.every_s,
@@ -212,6 +219,7 @@ def _resume(options: argparse.Namespace) -> int:
             lambda: resume(
                 directory,
                 engine=options.engine,
+                federation=options.federation,
                 num_workers=options.workers,
                 on_round=on_round,
                 checkpoint_every_s=options.every_s,
@@ -296,6 +304,7 @@ def _compare(options: argparse.Namespace) -> int:
                         replace(variant, seed=seed),
                         out=out,
                         engine=options.engine,
+                        federation=options.federation,
                         num_workers=options.workers,
                         on_round=on_round,
                     )

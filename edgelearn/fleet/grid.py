@@ -146,19 +146,26 @@ class FleetGrid(Grid):
         end = latest if timeout_s is None else min(latest, self.clock_s + timeout_s)
         self.clock_s = max(self.clock_s, end)
 
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass in which devices were asked without messages."""
+        self._polls = 0
+        self.clock_s += seconds
+
     def _file(self, message: Message, delivery: Delivery) -> None:
         """Address a reply. One that takes longer than the instruction's ttl is an error."""
         ttl, reply = message.metadata.ttl, delivery.reply
         latency_s = delivery.latency_s
         if latency_s > ttl:
-            reply = Error(
-                compat.ErrorCode.EXPIRED,
-                f"the reply took {latency_s:.1f} s of virtual time, the deadline is {ttl:.1f} s",
-            )
+            reply = Error(compat.ErrorCode.EXPIRED, too_late(latency_s, ttl))
             latency_s = ttl
         answer = Message(reply, reply_to=message)
         compat.set_message_id(answer, f"{next(self._ids):032x}")
         self._waiting[message.metadata.message_id] = (self.clock_s + latency_s, answer)
+
+
+def too_late(latency_s: float, ttl_s: float) -> str:
+    """Return why a reply is not taken."""
+    return f"the reply took {latency_s:.1f} s of virtual time, the deadline is {ttl_s:.1f} s"
 
 
 def fork(content: RecordDict) -> RecordDict:

@@ -16,9 +16,12 @@ import edgelearn.federated._flwr_compat as compat
 from edgelearn.device.fleet_store import FleetStore
 from edgelearn.device.learner import Learner, make_learner
 from edgelearn.device.profile import Profile, assign
-from edgelearn.errors import Fault, RunError, ScenarioError
+from edgelearn.errors import Fault, RunError, ScenarioError, nearest
 from edgelearn.federated import rundir
+from edgelearn.federated.by_cohort import AVERAGING, ByCohort, averages
+from edgelearn.federated.by_message import ByMessage
 from edgelearn.federated.checkpoint import Checkpoint
+from edgelearn.federated.exchange import Exchange, Run
 from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
@@ -29,7 +32,7 @@ from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
 from edgelearn.runtime.protocol import make_runtime
-from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.spec import FEDERATIONS, Scenario
 from edgelearn.scenario.world import World, build
 
 from flwr.serverapp.strategy import Strategy  # isort: skip
@@ -42,6 +45,7 @@ def simulate(
     *,
     out: str | Path | None = None,
     engine: str = "auto",
+    federation: str = "auto",
     num_workers: int | None = None,
     on_round: OnRound | None = None,
     checkpoint_every_s: float = 1.0,
@@ -51,7 +55,11 @@ def simulate(
     Args:
         scenario: What to run.
         out: Run directory to create; None keeps the record in memory only.
-        engine: "auto", "reference" or "pool"; no effect on the result.
+        engine: "auto" or one of `edgelearn.scenario.spec.ENGINES`; no effect on the result beyond
+            rounding.
+        federation: "faithful" sends a Flower message to each device, "fused" hands the server
+            strategy one reply with the cohort's mean, "auto" takes the latter where the strategy
+            does nothing but average; no effect on the result beyond rounding.
         num_workers: Worker processes; None lets the planner choose. No effect on the result.
         on_round: Called after every round.
         checkpoint_every_s: Least wall time between checkpoints; 0 makes one after every round.
@@ -63,7 +71,7 @@ def simulate(
         ScenarioError: If the scenario does not fit together.
         RunError: If the run can't go on, or `out` holds a run already.
     """
-    options = _Options(engine, num_workers, on_round, checkpoint_every_s)
+    options = _Options(engine, federation, num_workers, on_round, checkpoint_every_s)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="edgelearn-") as scratch:
             return _run(_prepare(scenario, options), MemoryJournal(), Path(scratch), None)[1]
@@ -81,6 +89,7 @@ def resume(
     directory: str | Path,
     *,
     engine: str = "auto",
+    federation: str = "auto",
     num_workers: int | None = None,
     on_round: OnRound | None = None,
     checkpoint_every_s: float = 1.0,
@@ -95,9 +104,16 @@ def resume(
     scenario = rundir.scenario_of(directory)
     if (record := rundir.finished(directory)) is not None:
         return record
-    options = _Options(engine, num_workers, on_round, checkpoint_every_s)
     with rundir.locked(directory):
-        checkpoint = FileJournal(directory).resume()
+        journal = FileJournal(directory)
+        checkpoint = journal.resume()
+        if checkpoint is not None:  # go on as it began: other ways agree to rounding, no further
+            began = journal.record().run["engine"]
+            if engine == "auto":
+                engine = "pool" if (num_workers or 1) > 1 else began["tier"]
+            if federation == "auto":
+                federation = began["federation"]
+        options = _Options(engine, federation, num_workers, on_round, checkpoint_every_s)
         return _run_in(directory, _prepare(scenario, options), checkpoint)
 
 
@@ -106,6 +122,7 @@ class _Options:
     """How to run, without effect on the result."""
 
     engine: str
+    federation: str
     num_workers: int | None
     on_round: OnRound | None
     checkpoint_every_s: float
@@ -120,6 +137,7 @@ class _Setup:
     strategy: Strategy
     profiles: tuple[Profile, ...]
     plan: Plan
+    is_fused: bool
     options: _Options
 
 
@@ -131,7 +149,24 @@ def _prepare(scenario: Scenario, options: _Options) -> _Setup:
     profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
     _check_budgets(learner, profiles, scenario)
     plan = make_plan(world, engine=options.engine, num_workers=options.num_workers)
-    return _Setup(world, learner, make_server_strategy(scenario), profiles, plan, options)
+    strategy = make_server_strategy(scenario)
+    fused = _is_fused(strategy, options.federation)
+    return _Setup(world, learner, strategy, profiles, plan, fused, options)
+
+
+def _is_fused(strategy: Strategy, asked: str) -> bool:
+    if asked not in FEDERATIONS:
+        raise RunError(
+            f"unknown federation {asked!r}{nearest(asked, FEDERATIONS)}; allowed: "
+            f"{', '.join(FEDERATIONS)}"
+        )
+    if asked == "fused" and not averages(strategy):
+        raise RunError(
+            f"fused federation needs a server strategy that only averages "
+            f"({', '.join(kind.__name__ for kind in AVERAGING)}), not {type(strategy).__name__}; "
+            "use faithful"
+        )
+    return asked != "faithful" and averages(strategy)
 
 
 def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> RunRecord:
@@ -154,7 +189,7 @@ def _run(
     )
     with _engine(world, store, plan) as engine:
         if checkpoint is None:
-            journal.append(rundir.run_line(scenario, world, learner, engine_of(plan)))
+            journal.append(rundir.run_line(scenario, world, learner, _engine_line(setup)))
         fleet = SimulatedFleet(
             world,
             engine,
@@ -163,12 +198,14 @@ def _run(
             learner.model.layout,
             flops_per_sample=plan.flops_per_sample,
         )
+        whole = Run(scenario, world.stream, learner.model.layout, setup.strategy)
+        exchange: Exchange = ByMessage(whole, fleet.grid, fleet)
+        if setup.is_fused:
+            exchange = ByCohort(whole, fleet)
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,
-            layout=learner.model.layout,
-            strategy=setup.strategy,
-            grid=fleet.grid,
+            exchange=exchange,
             fleet=fleet,
             journal=journal,
             on_round=setup.options.on_round,
@@ -198,9 +235,15 @@ def _engine(world: World, store: FleetStore, plan: Plan) -> Iterator[Engine]:
         engine.close()
 
 
-def engine_of(plan: Plan) -> dict[str, Any]:
+def _engine_line(setup: _Setup) -> dict[str, Any]:
     """Return the record's description of an engine."""
-    return {"tier": plan.tier, "workers": plan.num_workers, "reason": plan.reason}
+    plan = setup.plan
+    return {
+        "tier": plan.tier,
+        "workers": plan.num_workers,
+        "reason": plan.reason,
+        "federation": "fused" if setup.is_fused else "faithful",
+    }
 
 
 def _check_budgets(learner: Learner, profiles: Sequence[Profile], scenario: Scenario) -> None:

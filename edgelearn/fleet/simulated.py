@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.device.fleet_store import FleetStore, Tables
 from edgelearn.device.profile import Profile
 from edgelearn.errors import RunError
+from edgelearn.federated.by_cohort import Asked, CohortUpdates, Failures
 from edgelearn.fleet.cohort import CohortExecutor
 from edgelearn.fleet.grid import FleetGrid
-from edgelearn.fleet.jobs import Engine
+from edgelearn.fleet.jobs import Engine, Phase
 from edgelearn.params import Layout
 from edgelearn.scenario.world import World
 from edgelearn.seeds import numpy_generator
@@ -40,7 +43,7 @@ class SimulatedFleet:
     ) -> None:
         self._scenario, self._store = world.scenario, store
         self._availability = np.array([profile.availability for profile in profiles])
-        executor = CohortExecutor(
+        self._executor = executor = CohortExecutor(
             world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
         )
         self.grid = FleetGrid(executor, num_devices=len(profiles), seed=world.scenario.seed)
@@ -76,6 +79,39 @@ class SimulatedFleet:
         """Let virtual time pass until the replies are here."""
         self.grid.advance(message_ids)
         return self.grid.pull_messages(message_ids)
+
+    # -- asked as one ------------------------------------------------------------------------------
+
+    def reachable(self) -> NDArray[np.int64]:
+        """Return the devices that can be reached now."""
+        return np.array([*self.grid.available], np.int64)
+
+    def fit(self, asked: Asked) -> CohortUpdates:
+        """Let devices train, and virtual time pass."""
+        found, seconds = self._executor.fit(asked)
+        self.grid.pass_time(seconds)
+        return found
+
+    def consolidate(self, asked: Asked) -> Failures:
+        """Let devices consolidate, and virtual time pass."""
+        _, failures, seconds = self._executor.ask(asked, Phase.CONSOLIDATE)
+        self.grid.pass_time(seconds)
+        return failures
+
+    def evaluate(self, asked: Asked) -> tuple[Sequence[Mapping[str, Any]], Failures]:
+        """Let devices evaluate, and virtual time pass."""
+        metrics, failures, seconds = self._executor.ask(asked, Phase.EVALUATE)
+        self.grid.pass_time(seconds)
+        return metrics, failures
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return the weighted sum of updates, added up in the order of the cohort."""
+        total = torch.zeros(updates.shape[1])
+        for row in np.flatnonzero(weights).tolist():
+            total.add_(updates[row], alpha=float(weights[row]))
+        return total
+
+    # -- durable state -----------------------------------------------------------------------------
 
     def commit(self) -> Mapping[str, Tensor]:
         """Make the devices' new states durable; return the tables of the store."""

@@ -22,6 +22,7 @@ ORDERS = ("shared", "per-device")
 TRANSFORMS = ("permute", "rotate")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool")
+FEDERATIONS = ("auto", "faithful", "fused")
 
 
 @dataclass(frozen=True, slots=True)
