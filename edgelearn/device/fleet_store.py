@@ -17,13 +17,13 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgelearn.continual.memory import Declaration, Memory
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.errors import StateError
 from edgelearn.scenario.samples import SampleStore
 
@@ -93,6 +93,33 @@ class RecordFile:
             raw = memory[name].detach().contiguous().view(-1).view(torch.uint8)
             record[offset : offset + spec.stored_bytes] = raw.numpy()
         return self.checksum(device, slot)
+
+    def gather(
+        self, name: str, devices: NDArray[np.int64], slots: NDArray[np.int64], *, fill: int
+    ) -> NDArray[Any]:
+        """Copy one tensor of many memories out [K, ...]; `fill` where none was written."""
+        spec, offset = self._place(name)
+        is_written = slots != UNWRITTEN
+        records = 2 * devices + np.where(is_written, slots, 0)
+        table = self._bytes.reshape(-1, self._layout.size)
+        raw = table[records, offset : offset + spec.stored_bytes]
+        kind = torch.empty(0, dtype=spec.dtype).numpy().dtype
+        values = raw.view(kind).reshape(len(devices), *spec.shape)
+        values[~is_written] = fill
+        return values
+
+    def addresses(
+        self, name: str, devices: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> NDArray[np.uint64]:
+        """Return where one tensor of many memories lies in this process; 0 where unwritten."""
+        _, offset = self._place(name)
+        records = 2 * devices + slots
+        places = self._bytes.ctypes.data + records * self._layout.size + offset
+        return np.where(slots == UNWRITTEN, 0, places).astype(np.uint64)
+
+    def _place(self, name: str) -> tuple[TensorSpec | SampleSpec, int]:
+        index = list(self._layout.declaration).index(name)
+        return self._layout.declaration[name], self._layout.offsets[index]
 
     def checksum(self, device: int, slot: int) -> int:
         """Return the checksum of a record as it is now."""

@@ -7,7 +7,7 @@ the same admission, the same accounts, the same outcomes; parameters agree to ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -67,15 +67,17 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class CohortUpdates:
-    """What a cohort sends.
+    """What some of a cohort send.
 
     Attributes:
+        devices: [K].
         updates: local - global [K, P]; rows that failed hold anything.
         num_examples: Samples of each device [K].
         loss: [K].
         failures: Row -> what became of it instead.
     """
 
+    devices: Counts
     updates: Tensor
     num_examples: Counts
     loss: NDArray[np.float64]
@@ -89,8 +91,8 @@ class CohortFleet(Protocol):
     def grid(self) -> Grid:
         """Flower's grid over the same devices."""
 
-    def fit(self, asked: Asked) -> CohortUpdates:
-        """Let devices train."""
+    def fit(self, asked: Asked) -> Iterator[CohortUpdates]:
+        """Let devices train, in waves that fit into memory; each is gone with the next."""
 
     def consolidate(self, asked: Asked) -> Failures:
         """Let devices consolidate."""
@@ -137,19 +139,25 @@ class ByCohort:
         asked, content = self._ask("configure_train", server_round, position, params)
         if content is None:
             return Fitted(params, {}, [], None)
-        found = self._fleet.fit(asked)
-        outcomes, problems = self._admit(asked, found, run.norm_limit(params))
-        kept = np.array([outcome is Outcome.OK for outcome in outcomes])
-        weights = np.where(kept, found.num_examples, 0).astype(np.float64)
-        counted = np.array([outcome in (Outcome.OK, Outcome.IDLE) for outcome in outcomes])
-        total = float(found.num_examples[counted].sum())
-        loss = None
-        if total:
-            loss = float((found.loss * found.num_examples)[counted].sum() / total)
-        by_device = dict(zip(asked.devices.tolist(), outcomes, strict=True))
-        if weights.any():
-            mean = params + self._fleet.mean(found.updates, weights / weights.sum())
-            metrics = {"num-examples": int(weights.sum()), "loss": loss or 0.0, "num-steps": 0}
+        limit = run.norm_limit(params)
+        outcomes: dict[int, Outcome] = {}
+        problems: list[Line] = []
+        total, weighed, examples, losses = torch.zeros_like(params), 0, 0, 0.0
+        for found in self._fleet.fit(asked):
+            fates, failures = _admit(found, limit)
+            problems += _problems(found.devices, failures)
+            outcomes |= zip(found.devices.tolist(), fates, strict=True)
+            self._book(asked, found.devices, found.failures)
+            counted = np.array([fate in (Outcome.OK, Outcome.IDLE) for fate in fates])
+            examples += int(found.num_examples[counted].sum())
+            losses += float((found.loss * found.num_examples)[counted].sum())
+            weights = np.where([fate is Outcome.OK for fate in fates], found.num_examples, 0)
+            weighed += int(weights.sum())
+            total += self._fleet.mean(found.updates, weights.astype(np.float64))
+        loss = losses / examples if examples else None
+        if weighed:
+            mean = params + total / weighed
+            metrics = {"num-examples": weighed, "loss": loss or 0.0, "num-steps": 0}
             reply = wire.reply_content(metrics, wire.encode_params(run.layout, mean))
             asking = Message(content, int(asked.devices[0]) + 1, wire.FIT)
             with run.hook("aggregate_train", server_round):
@@ -157,8 +165,8 @@ class ByCohort:
                     server_round, [Message(reply, reply_to=asking)]
                 )
             params = run.accept(arrays, params, server_round)
-        exchange.refuse_failure(by_device, problems, server_round)
-        return Fitted(params, by_device, problems, loss)
+        exchange.refuse_failure(outcomes, problems, server_round)
+        return Fitted(params, outcomes, problems, loss)
 
     def consolidate(self, server_round: int, position: int, params: Tensor) -> list[Line]:
         """Let every device that can be reached consolidate, on the final global parameters."""
@@ -168,8 +176,8 @@ class ByCohort:
         content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
         asked = self._asked(self._fleet.reachable(), server_round, position, params, content)
         failures = self._fleet.consolidate(asked)
-        self._book(asked, failures)
-        return _problems(asked, failures, "consolidation: ")
+        self._book(asked, asked.devices, failures)
+        return _problems(asked.devices, failures, "consolidation: ")
 
     def evaluate(self, server_round: int, position: int, params: Tensor) -> Evaluated:
         """Let devices evaluate what they serve."""
@@ -177,8 +185,8 @@ class ByCohort:
         if content is None:
             return exchange.table([], [])
         metrics, failures = self._fleet.evaluate(asked)
-        self._book(asked, failures)
-        problems = _problems(asked, failures, "evaluation: ")
+        self._book(asked, asked.devices, failures)
+        problems = _problems(asked.devices, failures, "evaluation: ")
         answers = [
             (int(device), found)
             for row, (device, found) in enumerate(zip(asked.devices, metrics, strict=True))
@@ -227,32 +235,30 @@ class ByCohort:
             proximal_mu=wire.number_in(config, "proximal-mu", 0.0),
         )
 
-    def _admit(
-        self, asked: Asked, found: CohortUpdates, limit: float
-    ) -> tuple[list[Outcome], list[Line]]:
-        """Classify what the devices sent, and book it."""
-        self._book(asked, found.failures)
-        outcomes = [Outcome.IDLE if n == 0 else Outcome.OK for n in found.num_examples.tolist()]
-        norms = found.updates.norm(dim=1).numpy()
-        failures = dict(found.failures)
-        for row in np.flatnonzero(~(norms <= limit)).tolist():
-            if row not in failures:
-                is_finite = bool(torch.isfinite(found.updates[row]).all())
-                large = exchange.too_large(float(norms[row]), limit)
-                failures[row] = (Outcome.REJECTED, large if is_finite else exchange.NOT_FINITE)
-        for row, (outcome, _) in failures.items():
-            outcomes[row] = outcome
-        return outcomes, _problems(asked, failures)
-
-    def _book(self, asked: Asked, failures: Failures) -> None:
-        answered = np.ones(len(asked.devices), bool)
+    def _book(self, asked: Asked, devices: Counts, failures: Failures) -> None:
+        answered = np.ones(len(devices), bool)
         answered[list(failures)] = False
-        np.add.at(self.traffic.down, asked.devices, asked.bytes_down)
-        np.add.at(self.traffic.up, asked.devices[answered], asked.bytes_up)
+        np.add.at(self.traffic.down, devices, asked.bytes_down)
+        np.add.at(self.traffic.up, devices[answered], asked.bytes_up)
 
 
-def _problems(asked: Asked, failures: Failures, phase: str = "") -> list[Line]:
+def _admit(found: CohortUpdates, limit: float) -> tuple[list[Outcome], Failures]:
+    """Classify what devices sent."""
+    outcomes = [Outcome.IDLE if n == 0 else Outcome.OK for n in found.num_examples.tolist()]
+    norms = found.updates.norm(dim=1).numpy()
+    failures = dict(found.failures)
+    for row in np.flatnonzero(~(norms <= limit)).tolist():
+        if row not in failures:
+            is_finite = bool(torch.isfinite(found.updates[row]).all())
+            large = exchange.too_large(float(norms[row]), limit)
+            failures[row] = (Outcome.REJECTED, large if is_finite else exchange.NOT_FINITE)
+    for row, (outcome, _) in failures.items():
+        outcomes[row] = outcome
+    return outcomes, failures
+
+
+def _problems(devices: Counts, failures: Failures, phase: str = "") -> list[Line]:
     return [
-        exchange.problem(int(asked.devices[row]), outcome, f"{phase}{reason}")
+        exchange.problem(int(devices[row]), outcome, f"{phase}{reason}")
         for row, (outcome, reason) in sorted(failures.items())
     ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
@@ -17,7 +16,7 @@ from edgelearn.federated import messages as wire
 from edgelearn.federated.by_cohort import Asked, CohortUpdates, Failures
 from edgelearn.federated.exchange import Outcome
 from edgelearn.fleet.grid import Delivery, too_late
-from edgelearn.fleet.jobs import CohortFit, Done, Engine, Job, Phase
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Integers, Job, Phase
 from edgelearn.params import Layout
 from edgelearn.scenario.world import World
 
@@ -28,6 +27,8 @@ _PHASES = {
     wire.CONSOLIDATE: Phase.CONSOLIDATE,
     wire.EVALUATE: Phase.EVALUATE,
 }
+
+_UPDATES_BYTES = 2**28
 
 
 class CohortExecutor:
@@ -74,26 +75,40 @@ class CohortExecutor:
 
     # -- a cohort at once --------------------------------------------------------------------------
 
-    def fit(self, asked: Asked) -> tuple[CohortUpdates, float]:
-        """Train a cohort; return what it sends, and the virtual seconds until all is here."""
+    def fit(self, asked: Asked) -> Iterator[tuple[CohortUpdates, float]]:
+        """Train a cohort in waves.
+
+        Yields:
+            What a wave sends, and the virtual seconds until all of it is here. The next wave
+            overwrites the updates.
+        """
         self._serial += 1
-        devices = asked.devices
-        begun, consolidated = self._store.progress[devices].T.astype(np.int64)
-        read_slots, write_slots = self._store.slots_of(devices)
-        cohort = CohortFit(
-            devices=devices,
-            server_round=asked.server_round,
-            position=asked.position,
-            begun=begun,
-            consolidated=consolidated,
-            read_slots=read_slots,
-            write_slots=write_slots,
-            serial=self._serial,
-            proximal_mu=asked.proximal_mu,
-        )
-        if self._updates.shape != (len(devices), self._layout.size):
-            self._updates = torch.zeros(len(devices), self._layout.size)
-        done = self._engine.fit(cohort, asked.params, self._updates)
+        size = self._layout.size
+        for start in range(0, len(asked.devices), rows_in_memory(size)):
+            devices = asked.devices[start : start + rows_in_memory(size)]
+            if self._updates.shape != (len(devices), size):
+                self._updates = torch.zeros(len(devices), size)
+            begun, consolidated = self._store.progress[devices].T.astype(np.int64)
+            read_slots, write_slots = self._store.slots_of(devices)
+            cohort = CohortFit(
+                devices=devices,
+                server_round=asked.server_round,
+                position=asked.position,
+                begun=begun,
+                consolidated=consolidated,
+                read_slots=read_slots,
+                write_slots=write_slots,
+                serial=self._serial,
+                proximal_mu=asked.proximal_mu,
+            )
+            done = self._engine.fit(cohort, asked.params, self._updates)
+            self._keep_all(devices, done)
+            failures, seconds = self._timed(asked, devices, done.errors, done.num_samples)
+            found = CohortUpdates(devices, self._updates, done.num_examples, done.loss, failures)
+            yield found, seconds
+
+    def _keep_all(self, devices: Integers, done: CohortDone) -> None:
+        """Note the devices' new states, or that their old ones hold."""
         for row in done.died:
             self._store.revert(int(devices[row]))
         for row, checksum in done.checksums.items():
@@ -101,8 +116,6 @@ class CohortExecutor:
         succeeded = np.ones(len(devices), bool)
         succeeded[list(done.errors)] = False
         self._store.progress[devices[succeeded]] = done.progress[succeeded]
-        failures, seconds = self._timed(asked, done.errors, done.num_samples)
-        return CohortUpdates(self._updates, done.num_examples, done.loss, failures), seconds
 
     def ask(self, asked: Asked, phase: Phase) -> tuple[list[Mapping[str, Any]], Failures, float]:
         """Let devices consolidate or evaluate; return metrics, failures and virtual seconds."""
@@ -116,18 +129,19 @@ class CohortExecutor:
         for job, done in zip(jobs, results, strict=True):
             self._keep(job, done)
         errors = {done.row: done.error for done in results if done.error is not None}
-        failures, seconds = self._timed(asked, errors, np.zeros(len(jobs), np.int64))
+        none = np.zeros(len(jobs), np.int64)
+        failures, seconds = self._timed(asked, asked.devices, errors, none)
         return [done.metrics for done in results], failures, seconds
 
     def _timed(
-        self, asked: Asked, errors: Mapping[int, str], num_samples: NDArray[np.int64]
+        self, asked: Asked, devices: Integers, errors: Mapping[int, str], num_samples: Integers
     ) -> tuple[Failures, float]:
         """Book virtual time; what takes longer than an instruction lives is too late."""
         # As Profile.transfer_s and train_s have it, to the last bit.
-        down_s = asked.bytes_down / self._downlink_mbps[asked.devices]
-        up_s = asked.bytes_up / self._uplink_mbps[asked.devices]
+        down_s = asked.bytes_down / self._downlink_mbps[devices]
+        up_s = asked.bytes_up / self._uplink_mbps[devices]
         train_flops = 3 * self._flops_per_sample * num_samples
-        train_s = train_flops / (self._train_gflops[asked.devices] * 1e9)
+        train_s = train_flops / (self._train_gflops[devices] * 1e9)
         latency_s = 8e-6 * (down_s + up_s) + train_s
         failures = {row: (Outcome.FAILED, reason) for row, reason in errors.items()}
         latency_s[list(failures)] = 0.0
@@ -206,6 +220,11 @@ class CohortExecutor:
         # A training step costs about three forward passes.
         train_s = profile.train_s(3 * self._flops_per_sample * done.num_samples)
         return Delivery(content, transfer_s + train_s)
+
+
+def rows_in_memory(size: int) -> int:
+    """Return how many updates of `size` parameters are held at once."""
+    return max(1, _UPDATES_BYTES // (4 * size))
 
 
 def _by_parameters(instructions: Sequence[Message]) -> list[list[int]]:

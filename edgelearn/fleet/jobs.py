@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -177,6 +178,20 @@ class CohortDone:
         if done.checksum is not None:
             self.checksums[row] = done.checksum
 
+    def of(self, index: int, row: int) -> Done:
+        """Return one device's result, as that of a job with a row of its own."""
+        died = index in self.died
+        if index in self.errors:
+            return Done(row, error=self.errors[index], died=died)
+        metrics = {
+            "num-examples": int(self.num_examples[index]),
+            "loss": float(self.loss[index]),
+            "num-steps": int(self.num_steps[index]),
+        }
+        begun, consolidated = self.progress[index].tolist()
+        checksum = self.checksums.get(index)
+        return Done(row, metrics, (begun, consolidated), checksum, int(self.num_samples[index]))
+
 
 class Engine(Protocol):
     """What executes a cohort's work."""
@@ -211,6 +226,12 @@ class Engine(Protocol):
             updates: Where the updates go [K, P], float32.
         """
 
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return sum_k weights_k updates_k [P], added up in the order of rows.
+
+        Rows of weight 0 do not count, whatever they hold.
+        """
+
     def close(self) -> None:
         """Release processes and memory."""
 
@@ -227,3 +248,11 @@ def fit_by_jobs(
     for result in run(cohort.jobs(range(len(cohort)), costs), params, updates):
         done.take(result)
     return done
+
+
+def weighted_sum(updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+    """Return sum_k weights_k updates_k [P]; see `Engine.mean`."""
+    total = torch.zeros(updates.shape[1])
+    for row in np.flatnonzero(weights).tolist():
+        total.add_(updates[row], alpha=float(weights[row]))
+    return total

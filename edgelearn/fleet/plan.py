@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgelearn.device.learner import Learner
 from edgelearn.errors import RunError, nearest
+from edgelearn.fleet import native
 from edgelearn.scenario.spec import ENGINES
 from edgelearn.scenario.world import World
 
 # Below this much training in a round, starting workers and handing out jobs costs more than a
 # second core gives.
 _WORTH_FLOPS = 20e9
+ONE_WORKER = ("reference",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +25,8 @@ class Plan:
     """The planner's choice.
 
     Attributes:
-        tier: "reference" or "pool".
-        num_workers: Processes that train.
+        tier: One of `ENGINES`.
+        num_workers: Processes or threads that train.
         reason: Why, for people.
         flops_per_sample: Floating-point operations of one forward pass.
     """
@@ -34,16 +37,19 @@ class Plan:
     flops_per_sample: float
 
 
-def make_plan(world: World, *, engine: str = "auto", num_workers: int | None = None) -> Plan:
+def make_plan(
+    world: World, learner: Learner, *, engine: str = "auto", num_workers: int | None = None
+) -> Plan:
     """Choose the engine.
 
     Args:
         world: The scenario's world.
+        learner: Its learner.
         engine: "auto", or a tier by name.
-        num_workers: Processes; None lets the planner choose.
+        num_workers: Processes or threads; None lets the planner choose.
 
     Raises:
-        RunError: If the tier is unknown, or does not go with that many workers.
+        RunError: If the tier is unknown, or can't run the scenario with that many workers.
     """
     if engine not in ENGINES:
         raise RunError(
@@ -51,25 +57,35 @@ def make_plan(world: World, *, engine: str = "auto", num_workers: int | None = N
         )
     if num_workers is not None and num_workers < 1:
         raise RunError(f"got {num_workers} workers; at least 1 is needed")
-    if engine == "reference" and (num_workers or 1) > 1:
-        raise RunError(f"the reference engine has one worker, got {num_workers}; use pool")
-    flops = forward_flops(world)
-    cores = os.cpu_count() or 1
-    if engine == "pool":
-        return Plan("pool", num_workers or cores, "asked for", flops)
-    if engine == "reference":
-        return Plan("reference", 1, "asked for", flops)
+    if engine in ONE_WORKER and (num_workers or 1) > 1:
+        raise RunError(f"the {engine} engine has one worker, got {num_workers}; use pool")
+    flops, cores = forward_flops(world), os.cpu_count() or 1
+    obstacle = native.why_not(world, learner)
+    if engine == "native" and obstacle is not None:
+        raise RunError(f"the native engine can't run this scenario: {obstacle}")
+    if engine != "auto":
+        workers = 1 if engine in ONE_WORKER else num_workers or cores
+        return Plan(engine, workers, "asked for", flops)
+    if obstacle is None:
+        covers = "compiled code covers the network and the strategy"
+        return Plan("native", num_workers or cores, covers, flops)
+    tier, workers, reason = _without_compiler(world, flops, num_workers, cores)
+    return Plan(tier, workers, f"{reason}; not native: {obstacle}", flops)
+
+
+def _without_compiler(
+    world: World, flops: float, num_workers: int | None, cores: int
+) -> tuple[str, int, str]:
+    """Return tier, workers and reason among the tiers that need torch alone."""
     if num_workers is not None:
         tier = "pool" if num_workers > 1 else "reference"
-        return Plan(tier, num_workers, f"{num_workers} worker(s) asked for", flops)
+        return tier, num_workers, f"{num_workers} worker(s) asked for"
     spec = world.scenario
     mean_samples = len(world.train.y) / spec.fleet.num_devices / spec.stream.num_experiences
     work = 3 * flops * mean_samples * spec.client.epochs * spec.fleet.cohort
     if cores > 1 and work >= _WORTH_FLOPS:
-        return Plan("pool", cores, f"{work / 1e9:.3g} GFLOP a round is worth {cores} cores", flops)
-    return Plan(
-        "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers", flops
-    )
+        return "pool", cores, f"{work / 1e9:.3g} GFLOP a round is worth {cores} cores"
+    return "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers"
 
 
 def forward_flops(world: World) -> float:

@@ -18,12 +18,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.multiprocessing
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.errors import RunError
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -110,6 +112,10 @@ class PoolEngine:
         if updates.numel():
             updates[with_update] = self._updates[with_update]
         return [done[job.row] for job in jobs]
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return sum_k weights_k updates_k [P], added up in the order of rows."""
+        return weighted_sum(updates, weights)
 
     def close(self) -> None:
         """End the workers."""

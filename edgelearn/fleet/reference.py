@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, fit_by_jobs
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, fit_by_jobs, weighted_sum
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -45,6 +47,10 @@ class ReferenceEngine:
         """Train a cohort, one device after another."""
         costs = self._world.train_sizes(cohort.devices, cohort.position)
         return fit_by_jobs(self.run, cohort, costs, params, updates)
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return sum_k weights_k updates_k [P], added up in the order of rows."""
+        return weighted_sum(updates, weights)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -26,7 +26,9 @@ from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
+from edgelearn.fleet.cohort import rows_in_memory
 from edgelearn.fleet.jobs import Engine
+from edgelearn.fleet.native import NativeEngine
 from edgelearn.fleet.plan import Plan, make_plan
 from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
@@ -110,7 +112,8 @@ def resume(
         if checkpoint is not None:  # go on as it began: other ways agree to rounding, no further
             began = journal.record().run["engine"]
             if engine == "auto":
-                engine = "pool" if (num_workers or 1) > 1 else began["tier"]
+                tier = began["tier"]
+                engine = "pool" if tier == "reference" and (num_workers or 1) > 1 else tier
             if federation == "auto":
                 federation = began["federation"]
         options = _Options(engine, federation, num_workers, on_round, checkpoint_every_s)
@@ -148,7 +151,7 @@ def _prepare(scenario: Scenario, options: _Options) -> _Setup:
     make_runtime(scenario.runtime.name, scenario.runtime.args)
     profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
     _check_budgets(learner, profiles, scenario)
-    plan = make_plan(world, engine=options.engine, num_workers=options.num_workers)
+    plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
     strategy = make_server_strategy(scenario)
     fused = _is_fused(strategy, options.federation)
     return _Setup(world, learner, strategy, profiles, plan, fused, options)
@@ -225,8 +228,10 @@ def _engine(world: World, store: FleetStore, plan: Plan) -> Iterator[Engine]:
             world,
             store.path,
             num_workers=plan.num_workers,
-            cohort=world.scenario.fleet.cohort,
+            cohort=min(world.scenario.fleet.cohort, rows_in_memory(world.model().layout.size)),
         )
+    elif plan.tier == "native":
+        engine = NativeEngine(world, store.path, num_threads=plan.num_workers)
     else:
         engine = ReferenceEngine(world, store.path)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class SimulatedFleet:
         *,
         flops_per_sample: float,
     ) -> None:
-        self._scenario, self._store = world.scenario, store
+        self._scenario, self._store, self._engine = world.scenario, store, engine
         self._availability = np.array([profile.availability for profile in profiles])
         self._executor = executor = CohortExecutor(
             world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
@@ -86,11 +86,13 @@ class SimulatedFleet:
         """Return the devices that can be reached now."""
         return np.array([*self.grid.available], np.int64)
 
-    def fit(self, asked: Asked) -> CohortUpdates:
-        """Let devices train, and virtual time pass."""
-        found, seconds = self._executor.fit(asked)
-        self.grid.pass_time(seconds)
-        return found
+    def fit(self, asked: Asked) -> Iterator[CohortUpdates]:
+        """Let devices train in waves; then virtual time has passed."""
+        longest = 0.0
+        for found, seconds in self._executor.fit(asked):
+            yield found
+            longest = max(longest, seconds)
+        self.grid.pass_time(longest)
 
     def consolidate(self, asked: Asked) -> Failures:
         """Let devices consolidate, and virtual time pass."""
@@ -106,10 +108,7 @@ class SimulatedFleet:
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return the weighted sum of updates, added up in the order of the cohort."""
-        total = torch.zeros(updates.shape[1])
-        for row in np.flatnonzero(weights).tolist():
-            total.add_(updates[row], alpha=float(weights[row]))
-        return total
+        return self._engine.mean(updates, weights)
 
     # -- durable state -----------------------------------------------------------------------------
 

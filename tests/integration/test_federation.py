@@ -82,7 +82,7 @@ def test_robust_strategies_get_every_reply(small: Make) -> None:
     assert simulate(scenario).run["engine"]["federation"] == "faithful"
     with pytest.raises(RunError, match=r"only averages \(FedAvg, .*not FedMedian; use faithful"):
         simulate(scenario, federation="fused")
-    with pytest.raises(RunError, match="unknown federation 'fuse' .did you mean 'fused'"):
+    with pytest.raises(RunError, match=r"unknown federation 'fuse' .did you mean 'fused'"):
         simulate(scenario, federation="fuse")
 
 
