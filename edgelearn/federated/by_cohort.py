@@ -22,7 +22,7 @@ from edgelearn.federated import messages as wire
 from edgelearn.federated.exchange import Counts, Evaluated, Fitted, Outcome, Run, Traffic
 from edgelearn.federated.record import Line
 
-from flwr.app import ConfigRecord, Message, RecordDict  # isort: skip
+from flwr.app import Message, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
 from flwr.serverapp import strategy as flower  # isort: skip
 from flwr.serverapp.strategy import Strategy  # isort: skip
@@ -74,6 +74,7 @@ class CohortUpdates:
         updates: local - global [K, P]; rows that failed hold anything.
         num_examples: Samples of each device [K].
         loss: [K].
+        norms: Euclidean norm of each update [K].
         failures: Row -> what became of it instead.
     """
 
@@ -81,6 +82,7 @@ class CohortUpdates:
     updates: Tensor
     num_examples: Counts
     loss: NDArray[np.float64]
+    norms: NDArray[np.float64]
     failures: Failures
 
 
@@ -120,7 +122,9 @@ class ByCohort:
         self._run, self._fleet = run, fleet
         self.traffic = Traffic(run.scenario.fleet.num_devices)
         metrics = {name: kind() for name, kind in egress.FIT_METRICS.items()}
+        # On the wire a model travels tensor by tensor; here it is one array, which is quicker.
         arrays = wire.encode_params(run.layout, torch.zeros(run.layout.size))
+        self._bytes_of_model = arrays.count_bytes()
         self._bytes_of_update = wire.num_bytes(wire.reply_content(metrics, arrays))
         zeros = [0] * run.stream.num_experiences
         schema = egress.evaluate_schema(run.stream.num_experiences)
@@ -158,22 +162,21 @@ class ByCohort:
         if weighed:
             mean = params + total / weighed
             metrics = {"num-examples": weighed, "loss": loss or 0.0, "num-steps": 0}
-            reply = wire.reply_content(metrics, wire.encode_params(run.layout, mean))
+            reply = wire.reply_content(metrics, wire.encode_vector(mean))
             asking = Message(content, int(asked.devices[0]) + 1, wire.FIT)
             with run.hook("aggregate_train", server_round):
                 arrays, _ = run.strategy.aggregate_train(
                     server_round, [Message(reply, reply_to=asking)]
                 )
-            params = run.accept(arrays, params, server_round)
+            if arrays is not None:
+                params = run.accept(wire.decode_vector(arrays), server_round)
         exchange.refuse_failure(outcomes, problems, server_round)
         return Fitted(params, outcomes, problems, loss)
 
     def consolidate(self, server_round: int, position: int, params: Tensor) -> list[Line]:
         """Let every device that can be reached consolidate, on the final global parameters."""
         run = self._run
-        arrays = wire.encode_params(run.layout, params)
-        config = run.instruction(server_round, position)
-        content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
+        content = RecordDict({wire.CONFIG: run.instruction(server_round, position)})
         asked = self._asked(self._fleet.reachable(), server_round, position, params, content)
         failures = self._fleet.consolidate(asked)
         self._book(asked, asked.devices, failures)
@@ -203,7 +206,7 @@ class ByCohort:
         """Let the strategy choose devices and write the instruction."""
         run = self._run
         config = run.instruction(server_round, position)
-        arrays = wire.encode_params(run.layout, params)
+        arrays = wire.encode_vector(params)
         with run.hook(hook, server_round):
             nodes, content = compat.chosen_nodes(
                 run.strategy, hook, server_round, arrays, config, self._fleet.grid
@@ -221,18 +224,17 @@ class ByCohort:
         hook: str = "",
     ) -> Asked:
         sizes = {"configure_train": self._bytes_of_update, "": self._bytes_of_done}
-        config = ConfigRecord()
-        if content is not None:
-            config = next(iter(content.config_records.values()), config)
+        configs = [] if content is None else list(content.config_records.values())
+        mu = max((wire.number_in(config, "proximal-mu", 0.0) for config in configs), default=0.0)
         return Asked(
             devices=devices,
             server_round=server_round,
             position=position,
             params=params,
-            bytes_down=0 if content is None else wire.num_bytes(content),
+            bytes_down=self._bytes_of_model + sum(config.count_bytes() for config in configs),
             bytes_up=sizes.get(hook, self._bytes_of_counts),
             ttl_s=self._run.scenario.fleet.deadline_s or compat.DEFAULT_TTL_S,
-            proximal_mu=wire.number_in(config, "proximal-mu", 0.0),
+            proximal_mu=mu,
         )
 
     def _book(self, asked: Asked, devices: Counts, failures: Failures) -> None:
@@ -245,12 +247,11 @@ class ByCohort:
 def _admit(found: CohortUpdates, limit: float) -> tuple[list[Outcome], Failures]:
     """Classify what devices sent."""
     outcomes = [Outcome.IDLE if n == 0 else Outcome.OK for n in found.num_examples.tolist()]
-    norms = found.updates.norm(dim=1).numpy()
     failures = dict(found.failures)
-    for row in np.flatnonzero(~(norms <= limit)).tolist():
+    for row in np.flatnonzero(~(found.norms <= limit)).tolist():
         if row not in failures:
             is_finite = bool(torch.isfinite(found.updates[row]).all())
-            large = exchange.too_large(float(norms[row]), limit)
+            large = exchange.too_large(float(found.norms[row]), limit)
             failures[row] = (Outcome.REJECTED, large if is_finite else exchange.NOT_FINITE)
     for row, (outcome, _) in failures.items():
         outcomes[row] = outcome

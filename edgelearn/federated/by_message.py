@@ -73,7 +73,8 @@ class ByMessage:
         if Outcome.OK in outcomes.values():
             with run.hook("aggregate_train", server_round):
                 found, _ = run.strategy.aggregate_train(server_round, admitted)
-            params = run.accept(found, params, server_round)
+            if found is not None:
+                params = run.accept(wire.decode_params(run.layout, found), server_round)
         exchange.refuse_failure(outcomes, problems, server_round)
         total = sum(count for _, count in losses)
         loss = sum(value * count for value, count in losses) / total if total else None

@@ -30,7 +30,7 @@ from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.stream import Stream
 from edgelearn.seeds import derive
 
-from flwr.app import ArrayRecord, ConfigRecord  # isort: skip
+from flwr.app import ConfigRecord  # isort: skip
 from flwr.serverapp.strategy import Strategy  # isort: skip
 
 Counts = NDArray[np.int64]
@@ -176,11 +176,14 @@ class Run:
     stream: Stream
     layout: Layout
     strategy: Strategy
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", self.scenario.digest)
 
     def instruction(self, server_round: int, position: int) -> ConfigRecord:
         """Return the config of an instruction."""
-        digest = self.scenario.digest
-        return wire.instruction(digest=digest, server_round=server_round, position=position)
+        return wire.instruction(digest=self.digest, server_round=server_round, position=position)
 
     @contextmanager
     def hook(self, name: str, server_round: int) -> Iterator[None]:
@@ -195,15 +198,12 @@ class Run:
             what = f"round {server_round}: {type(self.strategy).__name__}.{name}"
             raise RunError(f"{what} raised {type(error).__name__}: {error}") from error
 
-    def accept(self, arrays: ArrayRecord | None, params: Tensor, server_round: int) -> Tensor:
-        """Return the parameters that a strategy has made, or the old ones if it made none.
+    def accept(self, new: Tensor, server_round: int) -> Tensor:
+        """Return the parameters that a strategy has made.
 
         Raises:
             RunError: If they are not finite.
         """
-        if arrays is None:
-            return params
-        new = wire.decode_params(self.layout, arrays)
         if not bool(torch.isfinite(new).all()):
             name = type(self.strategy).__name__
             message = f"round {server_round}: {name} returned parameters that are not finite"

@@ -104,8 +104,8 @@ class CohortExecutor:
             done = self._engine.fit(cohort, asked.params, self._updates)
             self._keep_all(devices, done)
             failures, seconds = self._timed(asked, devices, done.errors, done.num_samples)
-            found = CohortUpdates(devices, self._updates, done.num_examples, done.loss, failures)
-            yield found, seconds
+            sent = done.num_examples, done.loss, done.norms
+            yield CohortUpdates(devices, self._updates, *sent, failures), seconds
 
     def _keep_all(self, devices: Integers, done: CohortDone) -> None:
         """Note the devices' new states, or that their old ones hold."""

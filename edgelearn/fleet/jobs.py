@@ -138,6 +138,7 @@ class CohortDone:
         loss: Mean loss over its steps.
         num_steps: Its steps.
         num_samples: Samples that passed through training.
+        norms: Euclidean norm of each update.
         progress: Experiences begun and consolidated now [K, 2].
         checksums: Row -> checksum of the new memory, where one was written.
         errors: Row -> why it failed.
@@ -148,6 +149,7 @@ class CohortDone:
     loss: NDArray[np.float64]
     num_steps: Integers
     num_samples: Integers
+    norms: NDArray[np.float64]
     progress: Integers
     checksums: dict[int, int] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
@@ -159,7 +161,8 @@ class CohortDone:
         size = len(cohort)
         counts = [np.zeros(size, np.int64) for _ in range(3)]
         progress = np.stack([cohort.begun, cohort.consolidated], axis=1)
-        return cls(counts[0], np.zeros(size), counts[1], counts[2], progress)
+        losses, norms = np.zeros(size), np.zeros(size)
+        return cls(counts[0], losses, counts[1], counts[2], norms, progress)
 
     def take(self, done: Done) -> None:
         """Fill in the row of one job."""
@@ -247,6 +250,7 @@ def fit_by_jobs(
     done = CohortDone.empty(cohort)
     for result in run(cohort.jobs(range(len(cohort)), costs), params, updates):
         done.take(result)
+    done.norms[:] = torch.linalg.vector_norm(updates, dim=1).numpy()
     return done
 
 

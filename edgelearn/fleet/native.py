@@ -114,6 +114,7 @@ class NativeEngine:
             sizes = self._world.train_sizes(cohort.devices, cohort.position)
             for result in self._rest.run(cohort.jobs(rows, sizes), params, updates):
                 done.take(result)
+            done.norms[rows] = torch.linalg.vector_norm(updates[rows], dim=1).numpy()
         return done
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
@@ -170,6 +171,7 @@ class NativeEngine:
             updates[torch.from_numpy(rows)] = target
         done.num_examples[rows] = np.diff(starts)
         done.loss[rows], done.num_steps[rows], done.num_samples[rows] = loss, steps, passed
+        done.norms[rows] = norms
         done.progress[rows, 0] = cohort.position + 1
 
     def _declared(self, cohort: CohortFit, rows: NDArray[np.int64]) -> dict[str, Any]:

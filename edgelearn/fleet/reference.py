@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
@@ -14,6 +15,17 @@ from torch import Tensor
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, fit_by_jobs, weighted_sum
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: more change the order of sums, and are slower on small models."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @final
@@ -36,12 +48,8 @@ class ReferenceEngine:
 
     def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
         """Do all jobs, in order."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # more would change the order of sums, and be slower
-        try:
+        with one_thread():
             return [self._bench.perform(job, params, updates[job.row]) for job in jobs]
-        finally:
-            torch.set_num_threads(threads)
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort, one device after another."""

@@ -31,7 +31,7 @@ from edgelearn.fleet.jobs import Engine
 from edgelearn.fleet.native import NativeEngine
 from edgelearn.fleet.plan import Plan, make_plan
 from edgelearn.fleet.pool import PoolEngine
-from edgelearn.fleet.reference import ReferenceEngine
+from edgelearn.fleet.reference import ReferenceEngine, one_thread
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.spec import FEDERATIONS, Scenario
@@ -114,8 +114,12 @@ def resume(
             if engine == "auto":
                 tier = began["tier"]
                 engine = "pool" if tier == "reference" and (num_workers or 1) > 1 else tier
-            if federation == "auto":
-                federation = began["federation"]
+            if federation not in ("auto", began["federation"]):
+                raise RunError(
+                    f"{directory}: the run is federated {began['federation']}, and can't go on "
+                    f"{federation}: the server strategy's state differs"
+                )
+            federation = began["federation"]
         options = _Options(engine, federation, num_workers, on_round, checkpoint_every_s)
         return _run_in(directory, _prepare(scenario, options), checkpoint)
 
@@ -179,6 +183,13 @@ def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> Ru
 
 
 def _run(
+    setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
+) -> tuple[Tensor, RunRecord]:
+    with one_thread():
+        return _run_on_one_thread(setup, journal, directory, checkpoint)
+
+
+def _run_on_one_thread(
     setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
 ) -> tuple[Tensor, RunRecord]:
     started, cpu = time.perf_counter(), rundir.cpu_s()

@@ -43,6 +43,7 @@ class SimulatedFleet:
     ) -> None:
         self._scenario, self._store, self._engine = world.scenario, store, engine
         self._availability = np.array([profile.availability for profile in profiles])
+        self._is_always_there = bool((self._availability >= 1).all())
         self._executor = executor = CohortExecutor(
             world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
         )
@@ -63,11 +64,13 @@ class SimulatedFleet:
         Raises:
             RunError: If they stay too few.
         """
+        if self._is_always_there and min_devices <= len(self._availability):
+            return
         for attempt in range(_MAX_WAITS):
             generator = numpy_generator(self._scenario.seed, "availability", server_round, attempt)
             reachable = generator.random(len(self._availability)) < self._availability
             if reachable.sum() >= min_devices:
-                self.grid.available = [int(d) for d in np.flatnonzero(reachable)]
+                self.grid.available = np.flatnonzero(reachable).tolist()
                 return
             self.grid.clock_s += _WAIT_S
         raise RunError(
