@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from edgelearn.federated import egress
+
+_log = logging.getLogger(__name__)  # a simulated device's own log
 
 
 class Phase(enum.StrEnum):
@@ -66,6 +71,12 @@ class Done:
     num_samples: int = 0
     error: str | None = None
     died: bool = False
+
+
+def failure(job: Job, error: Exception) -> Done:
+    """Return what the server learns of a device's failure; the device's own log has it all."""
+    _log.warning("device %d: %s: %s", job.device, type(error).__name__, error)
+    return Done(job.row, error=egress.reason_of(error))
 
 
 class Engine(Protocol):

@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from edgelearn.fleet.jobs import Done, Job
+from edgelearn.fleet.evaluation import pieces
+from edgelearn.fleet.jobs import Done, Job, Phase
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -19,6 +20,7 @@ class ReferenceEngine:
     """One workbench, one thread."""
 
     def __init__(self, world: World, store_path: Path) -> None:
+        self._world = world
         self._bench = Workbench(world, store_path)
 
     @property
@@ -36,7 +38,13 @@ class ReferenceEngine:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more would change the order of sums, and be slower
         try:
-            return [self._bench.perform(job, params, updates[job.row]) for job in jobs]
+            done: list[Done] = []
+            for piece in pieces(self._world, jobs):
+                if piece[0].phase is Phase.EVALUATE:
+                    done += self._bench.evaluate(piece, params)
+                else:
+                    done += [self._bench.perform(job, params, updates[job.row]) for job in piece]
+            return done
         finally:
             torch.set_num_threads(threads)
 
