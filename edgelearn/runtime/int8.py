@@ -58,9 +58,8 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=_accumulator(layer)))
         self.register_buffer("scale", torch.ones(len(layer.weight)))
         self.register_buffer("bias", torch.zeros(len(layer.weight)))
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.full((), -1.0))
-        self.register_buffer("owner", torch.empty(0, dtype=torch.int64))
+        for leaf, value in _unknown_range().items():
+            self.register_buffer(leaf, value)
 
     codes: Tensor
     scale: Tensor
@@ -127,6 +126,12 @@ class _QuantizedLayer(nn.Module):
         )
 
 
+def _unknown_range() -> dict[str, Tensor]:
+    """Return the buffers of a layer that is not calibrated."""
+    nobody = torch.empty(0, dtype=torch.int64)
+    return {"low": torch.zeros(()), "high": torch.full((), -1.0), "owner": nobody}
+
+
 def _added(parts: Iterator[Tensor]) -> Tensor:
     total = next(parts).to(torch.float64)
     for part in parts:
@@ -186,7 +191,8 @@ class Int8GroupPredictor:
 
     def __call__(self, rows: Rows) -> Tensor:
         """Return logits [n, C]; bit for bit those of each device's own predictor."""
-        tensors = {**self.tensors, **dict.fromkeys(self.owners, rows.device)}
+        owner = {name: rows.device.view(-1) for name in self.owners}  # one each, see Int8Prepared
+        tensors = {**self.tensors, **owner}
         out: Tensor = functional_call(self.skeleton, tensors, (rows.x,))
         return out
 
@@ -216,6 +222,10 @@ class Int8Prepared(GroupPrepared):
             tensors[f"{prefix}codes"] = codes.to(_accumulator(layer))  # converted once
             tensors[f"{prefix}scale"] = scale
             tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
+            # Torch leaves what it binds to a layer with two names there, and takes what is the same
+            # tensor for tied: so everything is always bound, and each layer has tensors of its own.
+            for leaf, value in _unknown_range().items():
+                tensors[f"{prefix}{leaf}"] = value
             # codes, scales, 32-bit biases, and scale and zero point of the activations
             num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
         # What a layer that stays float shares with a quantized one is kept for it.
