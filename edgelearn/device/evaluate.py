@@ -48,7 +48,6 @@ class Trial:
     tests: Sequence[Samples]
 
 
-@torch.no_grad()
 def evaluate(
     model: FlatModel,
     params: Tensor,
@@ -66,17 +65,17 @@ def evaluate(
         tests: Its test samples, by experience id.
     """
     model.module.eval()
-    predictor = prepared.calibrated(calibration)
     sizes = [len(samples) for samples in tests]
-    if sum(sizes) == 0:
-        none = (0,) * len(tests)
-        return Counts(none, none, none, predictor.model_bytes)
-    ids = torch.cat([samples.ids for samples in tests])
-    batch = tests[0].store.batch(ids)
-    served = torch.split(_correct(predictor(batch.x), batch), sizes)
-    exact = served
-    if not (isinstance(prepared, GroupPrepared) and prepared.serves_float):
-        exact = torch.split(_correct(model(params, batch.x), batch), sizes)
+    with torch.no_grad():  # as a decorator it would stand first in a runtime's tracebacks
+        predictor = prepared.calibrated(calibration)
+        if sum(sizes) == 0:
+            none = (0,) * len(tests)
+            return Counts(none, none, none, predictor.model_bytes)
+        batch = tests[0].store.batch(torch.cat([samples.ids for samples in tests]))
+        served = torch.split(_correct(predictor(batch.x), batch), sizes)
+        exact = served
+        if not (isinstance(prepared, GroupPrepared) and prepared.serves_float):
+            exact = torch.split(_correct(model(params, batch.x), batch), sizes)
     return Counts(
         tuple(sizes),
         tuple(int(hits.sum()) for hits in served),
@@ -85,7 +84,6 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def evaluate_group(
     model: FlatModel, params: Tensor, prepared: Prepared, trials: Sequence[Trial]
 ) -> list[Counts]:
@@ -109,12 +107,23 @@ def evaluate_group(
         One device's counts for each trial.
     """
     model.module.eval()
-    num_rows = _shared_batch(model, trials)
-    if num_rows is None or not isinstance(prepared, GroupPrepared):
-        return [
-            evaluate(model, params, prepared, trial.calibration.batch().x, trial.tests)
-            for trial in trials
-        ]
+    if isinstance(prepared, GroupPrepared) and (num_rows := _shared_batch(model, trials)):
+        with torch.no_grad():
+            return _in_one_pass(model, params, prepared, trials, num_rows)
+    return [
+        evaluate(model, params, prepared, trial.calibration.batch().x, trial.tests)
+        for trial in trials
+    ]
+
+
+def _in_one_pass(
+    model: FlatModel,
+    params: Tensor,
+    prepared: GroupPrepared,
+    trials: Sequence[Trial],
+    num_rows: int,
+) -> list[Counts]:
+    """Evaluate trials whose rows may share batches of `num_rows`."""
     calibration = [(device, trial.calibration) for device, trial in enumerate(trials)]
     predictor = prepared.calibrated_group(
         (Rows(batch.x, device) for batch, device in _batches(calibration, num_rows)),
@@ -152,6 +161,7 @@ def evaluate_group(
 
 
 def _shared_batch(model: FlatModel, trials: Sequence[Trial]) -> int | None:
+    """Return how many rows of all trials a batch may hold; None if each has to go alone."""
     if len(trials) < 2:
         return None
     samples = next(
