@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelearn.federated import egress
+
 Integers = NDArray[np.int64]
+_log = logging.getLogger(__name__)  # a simulated device's own log
 
 
 class Phase(enum.StrEnum):
@@ -194,6 +198,12 @@ class CohortDone:
         begun, consolidated = self.progress[index].tolist()
         checksum = self.checksums.get(index)
         return Done(row, metrics, (begun, consolidated), checksum, int(self.num_samples[index]))
+
+
+def failure(job: Job, error: Exception) -> Done:
+    """Return what the server learns of a device's failure; the device's own log has it all."""
+    _log.warning("device %d: %s: %s", job.device, type(error).__name__, error)
+    return Done(job.row, error=egress.reason_of(error))
 
 
 class Engine(Protocol):

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, fit_by_jobs, weighted_sum
+from edgelearn.fleet.evaluation import pieces
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -49,7 +50,13 @@ class ReferenceEngine:
     def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
         """Do all jobs, in order."""
         with one_thread():
-            return [self._bench.perform(job, params, updates[job.row]) for job in jobs]
+            done: list[Done] = []
+            for piece in pieces(self._world, jobs):
+                if piece[0].phase is Phase.EVALUATE:
+                    done += self._bench.evaluate(piece, params)
+                else:
+                    done += [self._bench.perform(job, params, updates[job.row]) for job in piece]
+            return done
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort, one device after another."""
