@@ -94,6 +94,15 @@ class RecordFile:
             record[offset : offset + spec.stored_bytes] = raw.numpy()
         return self.checksum(device, slot)
 
+    def get(self, device: int, slot: int) -> bytes:
+        """Return a record as it lies in the file."""
+        return self._record(device, slot).tobytes()
+
+    def put(self, device: int, slot: int, record: bytes) -> int:
+        """Write what `get` returned; return the record's checksum."""
+        self._record(device, slot)[:] = np.frombuffer(record, np.uint8)
+        return zlib.crc32(record)
+
     def gather(
         self, name: str, devices: NDArray[np.int64], slots: NDArray[np.int64], *, fill: int
     ) -> NDArray[Any]:

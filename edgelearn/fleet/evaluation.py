@@ -13,20 +13,15 @@ from edgelearn.federated.egress import Schema
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
 from edgelearn.scenario.world import World
 
-# Groups are large for torch's sake, and as many as workers may want while they are not small.
-_NUM_GROUPS, _FEWEST_DEVICES, _MOST_DEVICES = 16, 16, 64
-_MOST_SAMPLES = 4096
+_MOST_DEVICES, _MOST_SAMPLES = 32, 4096
 
 
 def pieces(world: World, jobs: Sequence[Job]) -> list[list[Job]]:
     """Cut jobs into pieces of work: groups of evaluations, and each other job by itself.
 
-    Pieces follow the order of the jobs. A group holds a sixteenth of the evaluations, but at least
-    16 devices and at most 64, and 4,096 test samples unless one device alone has more.
+    Pieces follow the order of the jobs. A group holds at most 32 devices, and 4,096 test samples
+    unless one device alone has more. Any run of whole pieces is cut into the same pieces again.
     """
-    evaluations = sum(job.phase is Phase.EVALUATE for job in jobs)
-    share = -(-evaluations // _NUM_GROUPS)
-    most_devices = min(max(share, _FEWEST_DEVICES), _MOST_DEVICES)
     out: list[list[Job]] = []
     held = 0
     for job in jobs:
@@ -34,7 +29,7 @@ def pieces(world: World, jobs: Sequence[Job]) -> list[list[Job]]:
         if (
             out
             and job.phase is out[-1][0].phase is Phase.EVALUATE
-            and len(out[-1]) < most_devices
+            and len(out[-1]) < _MOST_DEVICES
             and held + count <= _MOST_SAMPLES
         ):
             out[-1].append(job)

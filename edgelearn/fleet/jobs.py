@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,6 +112,17 @@ class CohortFit:
     def __len__(self) -> int:
         return len(self.devices)
 
+    def of(self, rows: Integers) -> CohortFit:
+        """Return some rows as a cohort of their own."""
+        return replace(
+            self,
+            devices=self.devices[rows],
+            begun=self.begun[rows],
+            consolidated=self.consolidated[rows],
+            read_slots=self.read_slots[rows],
+            write_slots=self.write_slots[rows],
+        )
+
     def jobs(self, rows: Iterable[int], costs: Integers) -> list[Job]:
         """Return the jobs of some rows, one for each device; `costs` [K] is in samples."""
         return [
@@ -184,6 +195,14 @@ class CohortDone:
             self.progress[row] = done.progress
         if done.checksum is not None:
             self.checksums[row] = done.checksum
+
+    def put(self, rows: Sequence[int], part: CohortDone) -> None:
+        """Fill in what came of some rows."""
+        for name in ("num_examples", "loss", "num_steps", "num_samples", "norms", "progress"):
+            getattr(self, name)[rows] = getattr(part, name)
+        self.checksums.update({rows[i]: checksum for i, checksum in part.checksums.items()})
+        self.errors.update({rows[i]: reason for i, reason in part.errors.items()})
+        self.died.update(rows[i] for i in part.died)
 
     def of(self, index: int, row: int) -> Done:
         """Return one device's result, as that of a job with a row of its own."""

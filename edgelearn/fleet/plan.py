@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgelearn.device.learner import Learner
 from edgelearn.errors import RunError, nearest
-from edgelearn.fleet import native
+from edgelearn.fleet import native, ray
 from edgelearn.scenario.spec import ENGINES
 from edgelearn.scenario.world import World
 
@@ -29,12 +29,14 @@ class Plan:
         num_workers: Processes or threads that train.
         reason: Why, for people.
         flops_per_sample: Floating-point operations of one forward pass.
+        inner: The tier that each worker of the ray tier runs.
     """
 
     tier: str
     num_workers: int
     reason: str
     flops_per_sample: float
+    inner: str = ""
 
 
 def make_plan(
@@ -63,6 +65,12 @@ def make_plan(
     obstacle = native.why_not(world, learner)
     if engine == "native" and obstacle is not None:
         raise RunError(f"the native engine can't run this scenario: {obstacle}")
+    if engine == "ray":
+        if not ray.is_installed():
+            raise RunError(f"the ray engine can't run: {ray.MISSING}")
+        inner = "native" if obstacle is None else "reference"
+        reason = f"asked for; each worker runs the {inner} tier"
+        return Plan(engine, num_workers or cores, reason, flops, inner)
     if engine != "auto":
         workers = 1 if engine in ONE_WORKER else num_workers or cores
         return Plan(engine, workers, "asked for", flops)

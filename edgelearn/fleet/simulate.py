@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,9 @@ from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
-from edgelearn.fleet.cohort import rows_in_memory
-from edgelearn.fleet.jobs import Engine
-from edgelearn.fleet.native import NativeEngine
+from edgelearn.fleet.engines import open_engine
 from edgelearn.fleet.plan import Plan, make_plan
-from edgelearn.fleet.pool import PoolEngine
-from edgelearn.fleet.reference import ReferenceEngine, one_thread
+from edgelearn.fleet.reference import one_thread
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.spec import FEDERATIONS, Scenario
@@ -201,7 +198,7 @@ def _run_on_one_thread(
         scenario.fleet.num_devices,
         None if checkpoint is None else tables_of(checkpoint.tensors),
     )
-    with _engine(world, store, plan) as engine:
+    with contextlib.closing(open_engine(world, store.path, plan)) as engine:
         if checkpoint is None:
             journal.append(rundir.run_line(scenario, world, learner, _engine_line(setup)))
         fleet = SimulatedFleet(
@@ -229,26 +226,6 @@ def _run_on_one_thread(
     wall_s, used_s = time.perf_counter() - started, rundir.cpu_s() - cpu
     journal.append(rundir.end_line(scenario, loop.totals(), wall_s=wall_s, cpu_s=used_s))
     return params, journal.record()
-
-
-@contextlib.contextmanager
-def _engine(world: World, store: FleetStore, plan: Plan) -> Iterator[Engine]:
-    engine: Engine
-    if plan.tier == "pool":
-        engine = PoolEngine(
-            world,
-            store.path,
-            num_workers=plan.num_workers,
-            cohort=min(world.scenario.fleet.cohort, rows_in_memory(world.model().layout.size)),
-        )
-    elif plan.tier == "native":
-        engine = NativeEngine(world, store.path, num_threads=plan.num_workers)
-    else:
-        engine = ReferenceEngine(world, store.path)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def _engine_line(setup: _Setup) -> dict[str, Any]:

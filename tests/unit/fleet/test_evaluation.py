@@ -53,18 +53,17 @@ def lengths(num_jobs: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("num_jobs", "expected"),
-    [
-        (0, []),
-        (1, [1]),
-        (16, [16]),
-        (30, [16, 14]),
-        (320, [20] * 16),
-        (2000, [64] * 31 + [16]),
-    ],
+    ("num_jobs", "expected"), [(0, []), (1, [1]), (32, [32]), (33, [32, 1]), (100, [32] * 3 + [4])]
 )
-def test_groups_are_many_while_they_are_not_small(num_jobs: int, expected: list[int]) -> None:
+def test_a_group_has_at_most_32_devices(num_jobs: int, expected: list[int]) -> None:
     assert lengths(num_jobs) == expected
+
+
+def test_whole_pieces_are_cut_into_the_same_pieces_again() -> None:
+    world = world_of(4)
+    found = pieces(world, [job(row, row % 4) for row in range(150)])
+    part = found[1:4]
+    assert pieces(world, [j for piece in part for j in piece]) == part
 
 
 def test_only_evaluations_are_grouped_and_the_order_stays() -> None:
