@@ -137,6 +137,10 @@ void weight_tile(const LinearBackward& p, int o, int i) {
         a[r][c] = load(s.theta + at + static_cast<size_t>(r) * p.in_stride + c * W);
       }
   }
+  if constexpr (!kPlain) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) prefetch_step<C>(s, at + static_cast<size_t>(r) * p.in_stride);
+  }
   const float* x = p.x + i;
   const float* d = p.d + o;
   for (int b = 0; b < p.batch; b++, x += p.in_stride, d += p.d_stride) {
