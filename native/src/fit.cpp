@@ -36,6 +36,10 @@ class Trainer {
     thread_arena(1).reset(measure.used());
     Cutter cutter(thread_arena(1).data());
     cut(cutter);
+    if (pull_) {
+      std::memset(pull_, 0, plan_.packed_size() * sizeof(float));
+      std::memset(anchor_, 0, plan_.packed_size() * sizeof(float));
+    }
   }
 
   void train(int64_t k) {
@@ -106,11 +110,7 @@ class Trainer {
     if (pull_ && args_.curvature[k] != 0 && args_.anchor[k] != 0) {
       plan_.pack(reinterpret_cast<const float*>(args_.anchor[k]), args_.pull_size, anchor_);
       plan_.pack(reinterpret_cast<const float*>(args_.curvature[k]), args_.pull_size, pull_);
-      const float strength = args_.lr * args_.strength;
-      for (size_t i = 0; i < plan_.packed_size(); i++) {
-        const float stiffness = strength * pull_[i];
-        pull_[i] = stiffness / (1.f + stiffness);
-      }
+      plan_.kernels().pull_weights(pull_, args_.lr * args_.strength, plan_.packed_size());
       step.pull = pull_;
       step.anchor = anchor_;
     }
@@ -188,6 +188,7 @@ class Packed {
  public:
   Packed(const Plan& plan, const float* flat) {
     arena_.reset(plan.packed_size() * sizeof(float));
+    std::memset(data(), 0, plan.packed_size() * sizeof(float));
     plan.pack(flat, plan.num_params(), data());
   }
   float* data() { return reinterpret_cast<float*>(arena_.data()); }

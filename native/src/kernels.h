@@ -100,6 +100,7 @@ struct Kernels {
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
   void (*step_range)(const Step&, const float* gradient, size_t begin, size_t size);
+  void (*pull_weights)(float* curvature, float strength, size_t size);
   void (*conv_pack)(const ConvShape&, const float* weights, float* packed);
   size_t (*conv_packed_floats)(const ConvShape&);
   size_t (*conv_partial_floats)(const ConvShape&);

@@ -193,11 +193,14 @@ void Plan::each_run(bool with_linear_weights, F&& f) const {
 }
 
 void Plan::pack(const float* flat, size_t limit, float* packed) const {
-  std::memset(packed, 0, packed_size_ * sizeof(float));
   each_run(true, [&](size_t from, size_t to, size_t size) {
     if (from >= limit) return;
     size = std::min(size, limit - from);
-    for (size_t i = 0; i < size; i++) packed[to + i] = flat[from + i];
+    if (size == 1) {
+      packed[to] = flat[from];
+    } else {
+      std::memcpy(packed + to, flat + from, size * sizeof(float));
+    }
   });
 }
 

@@ -53,7 +53,7 @@ class Plan {
   size_t num_features() const { return num_features_; }
   int num_classes() const { return linears_.back().out; }
 
-  // Flat to packed. Elements from `limit` on are zero.
+  // Flat to packed, of elements before `limit`. The rest and the padding keep what they hold.
   void pack(const float* flat, size_t limit, float* packed) const;
 
   // flat = (packed - minus) * factor for all tensors, or all but the weights of linear layers;

@@ -13,6 +13,7 @@ const Kernels kernels = {
     linear_forward,
     linear_backward,
     step_range,
+    pull_weights,
     conv_pack,
     conv_packed_floats,
     conv_partial_floats,

@@ -124,22 +124,18 @@ void input_tile(const LinearBackward& p, int row, int begin, int n, int i) {
 }
 
 // Weights of R outputs and C vectors of inputs: their gradient and their step, in registers.
-template <int R, int C, bool kPlain>
+template <int R, int C, Terms kTerms>
 void weight_tile(const LinearBackward& p, int o, int i) {
   const Step& s = *p.step;
   const size_t at = p.weights_at + static_cast<size_t>(o) * p.in_stride + i;
-  V a[R][C] = {};
-  if constexpr (kPlain) {
+  V a[R][C];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+  for (int r = 0; r < R; r++) {
+    prefetch_step<kTerms, C>(s, at + static_cast<size_t>(r) * p.in_stride);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; c++) {
-        a[r][c] = load(s.theta + at + static_cast<size_t>(r) * p.in_stride + c * W);
-      }
-  }
-  if constexpr (!kPlain) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) prefetch_step<C>(s, at + static_cast<size_t>(r) * p.in_stride);
+    for (int c = 0; c < C; c++) {
+      a[r][c] = begin_step<kTerms>(s, at + static_cast<size_t>(r) * p.in_stride + c * W);
+    }
   }
   const float* x = p.x + i;
   const float* d = p.d + o;
@@ -155,7 +151,7 @@ void weight_tile(const LinearBackward& p, int o, int i) {
       V factor = splat(d[r]);
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) {
-        if constexpr (kPlain) {
+        if constexpr (kSign<kTerms> < 0) {
           a[r][c] -= factor * in[c];
         } else {
           a[r][c] += factor * in[c];
@@ -168,8 +164,7 @@ void weight_tile(const LinearBackward& p, int o, int i) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       const size_t here = at + static_cast<size_t>(r) * p.in_stride + c * W;
-      V result = a[r][c];
-      if constexpr (!kPlain) result = stepped(s, here, load(s.theta + here), result);
+      V result = end_step<kTerms>(s, here, a[r][c]);
       if (p.update) {
         store_up_to(p.update + static_cast<size_t>(o + r) * p.in + i + c * W,
                     result - load(s.initial + here), p.in - i - c * W);
@@ -197,24 +192,24 @@ EDGELEARN_INLINE InputTile input_tile_of(int rows, int cols) {
   return cols == 2 ? input_tile_of<2>(rows) : input_tile_of<1>(rows);
 }
 
-template <int C, bool kPlain>
+template <int C, Terms kTerms>
 EDGELEARN_INLINE WeightTile weight_tile_of(int rows) {
   static constexpr WeightTile tiles[] = {
-      weight_tile<1, C, kPlain>, weight_tile<2, C, kPlain>, weight_tile<3, C, kPlain>,
-      weight_tile<4, C, kPlain>, weight_tile<5, C, kPlain>, weight_tile<6, C, kPlain>};
+      weight_tile<1, C, kTerms>, weight_tile<2, C, kTerms>, weight_tile<3, C, kTerms>,
+      weight_tile<4, C, kTerms>, weight_tile<5, C, kTerms>, weight_tile<6, C, kTerms>};
   return tiles[rows - 1];
 }
 
-template <bool kPlain>
+template <Terms kTerms>
 EDGELEARN_INLINE WeightTile weight_tile_of(int rows, int cols) {
   if constexpr (kTileCols > 2) {
-    if (cols == 4) return weight_tile_of<4, kPlain>(rows);
-    if (cols == 3) return weight_tile_of<3, kPlain>(rows);
+    if (cols == 4) return weight_tile_of<4, kTerms>(rows);
+    if (cols == 3) return weight_tile_of<3, kTerms>(rows);
   }
-  return cols == 2 ? weight_tile_of<2, kPlain>(rows) : weight_tile_of<1, kPlain>(rows);
+  return cols == 2 ? weight_tile_of<2, kTerms>(rows) : weight_tile_of<1, kTerms>(rows);
 }
 
-template <bool kPlain>
+template <Terms kTerms>
 void linear_backward_as(const LinearBackward& p) {
   // A block of weights, inputs and input gradients fits the first-level cache.
   const int vectors = p.in_stride / W;
@@ -233,7 +228,7 @@ void linear_backward_as(const LinearBackward& p) {
       if (!p.step) continue;
       split_evenly(outs, kTileRows, [&](int begin, int rows) {
         split_evenly(count, kTileCols, [&](int col, int cols) {
-          weight_tile_of<kPlain>(rows, cols)(p, o + begin, (first + col) * W);
+          weight_tile_of<kTerms>(rows, cols)(p, o + begin, (first + col) * W);
         });
       });
     }
@@ -241,10 +236,10 @@ void linear_backward_as(const LinearBackward& p) {
 }
 
 inline void linear_backward(const LinearBackward& p) {
-  if (!p.step || p.step->plain) {
-    linear_backward_as<true>(p);
-  } else {
-    linear_backward_as<false>(p);
+  switch (p.step ? terms_of(*p.step) : Terms::kNone) {
+    case Terms::kNone: return linear_backward_as<Terms::kNone>(p);
+    case Terms::kNoBuffer: return linear_backward_as<Terms::kNoBuffer>(p);
+    case Terms::kMomentum: return linear_backward_as<Terms::kMomentum>(p);
   }
 }
 

@@ -5,38 +5,83 @@
 
 namespace edgelearn::EDGELEARN_ISA {
 
-// Fetches what `stepped` will read of C vectors: these streams don't fit the second-level cache,
-// and the products of a tile are time enough to wait for them.
-template <int C>
-EDGELEARN_INLINE void prefetch_step(const Step& s, size_t at) {
-#pragma GCC unroll 4
-  for (int c = 0; c < C; c++) {
-    const size_t here = at + c * W;
-    if (s.pull) {
-      __builtin_prefetch(s.pull + here, 0, 0);
-      __builtin_prefetch(s.anchor + here, 0, 0);
-    }
-    if (s.momentum) __builtin_prefetch(s.momentum + here, 1);
-  }
+// What a step has beside the gradient decides what its tiles read, so each case has its kernel.
+enum class Terms {
+  kNone,      // theta - gradient
+  kNoBuffer,  // weight decay, proximal term or pull
+  kMomentum,  // and a buffer
+};
+
+EDGELEARN_INLINE Terms terms_of(const Step& s) {
+  if (s.momentum) return Terms::kMomentum;
+  return s.plain ? Terms::kNone : Terms::kNoBuffer;
 }
 
-// Weights after a step that is not plain; `at` is their place in the packed vectors.
-EDGELEARN_INLINE V stepped(const Step& s, size_t at, V theta, V gradient) {
-  V g = gradient + theta * s.decay;
-  if (s.proximal != 0.f) g += (theta - load(s.initial + at)) * s.proximal;
-  if (s.momentum) {
-    if (s.momentum_factor != 0.f) g += load(s.momentum + at) * s.momentum_factor;
-    store(s.momentum + at, g);
+// A tile adds the loss's gradient to what `begin_step` gives and hands the sum to `end_step`.
+// Gradients are added with a sign: down to the weights themselves, or up to the buffer.
+template <Terms kTerms>
+constexpr float kSign = kTerms == Terms::kMomentum ? 1.f : -1.f;
+
+// Elements of `s` at `at`, the place of a vector of weights in the packed vectors.
+template <Terms kTerms>
+EDGELEARN_INLINE V begin_step(const Step& s, size_t at) {
+  V theta = load(s.theta + at);
+  if constexpr (kTerms == Terms::kNone) return theta;
+  V sum = kTerms == Terms::kMomentum ? V{} : theta;
+  if (s.decay != 0.f) sum += theta * (kSign<kTerms> * s.decay);
+  if (s.proximal != 0.f) sum += (theta - load(s.initial + at)) * (kSign<kTerms> * s.proximal);
+  if constexpr (kTerms == Terms::kMomentum) {
+    if (s.momentum_factor != 0.f) sum += load(s.momentum + at) * s.momentum_factor;
   }
-  theta -= g;
+  return sum;
+}
+
+// The weights after the step.
+template <Terms kTerms>
+EDGELEARN_INLINE V end_step(const Step& s, size_t at, V sum) {
+  if constexpr (kTerms == Terms::kNone) return sum;
+  V theta = sum;
+  if constexpr (kTerms == Terms::kMomentum) {
+    store(s.momentum + at, sum);
+    theta = load(s.theta + at) - sum;
+  }
   if (s.pull) theta += load(s.pull + at) * (load(s.anchor + at) - theta);
   return theta;
 }
 
-inline void step_range(const Step& s, const float* gradient, size_t begin, size_t size) {
+// Fetches what `end_step` will read of C vectors: it doesn't fit the second-level cache, and the
+// products of a tile are time enough to wait for it.
+template <Terms kTerms, int C>
+EDGELEARN_INLINE void prefetch_step(const Step& s, size_t at) {
+  if (kTerms == Terms::kNone || !s.pull) return;
+#pragma GCC unroll 4
+  for (int c = 0; c < C; c++) {
+    __builtin_prefetch(s.pull + at + c * W, 0, 0);
+    __builtin_prefetch(s.anchor + at + c * W, 0, 0);
+  }
+}
+
+template <Terms kTerms>
+void step_range_as(const Step& s, const float* gradient, size_t begin, size_t size) {
   for (size_t i = 0; i < size; i += W) {
-    V theta = load(s.theta + begin + i), g = load(gradient + i);
-    store(s.result + begin + i, s.plain ? theta - g : stepped(s, begin + i, theta, g));
+    V sum = begin_step<kTerms>(s, begin + i) + kSign<kTerms> * load(gradient + i);
+    store(s.result + begin + i, end_step<kTerms>(s, begin + i, sum));
+  }
+}
+
+inline void step_range(const Step& s, const float* gradient, size_t begin, size_t size) {
+  switch (terms_of(s)) {
+    case Terms::kNone: return step_range_as<Terms::kNone>(s, gradient, begin, size);
+    case Terms::kNoBuffer: return step_range_as<Terms::kNoBuffer>(s, gradient, begin, size);
+    case Terms::kMomentum: return step_range_as<Terms::kMomentum>(s, gradient, begin, size);
+  }
+}
+
+// Curvature to the weight of the pull's anchor: c s / (1 + c s).
+inline void pull_weights(float* curvature, float strength, size_t size) {
+  for (size_t i = 0; i < size; i += W) {
+    V stiffness = load(curvature + i) * strength;
+    store(curvature + i, stiffness / (stiffness + 1.f));
   }
 }
 
