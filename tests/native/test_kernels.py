@@ -61,7 +61,10 @@ NETWORKS: dict[str, tuple[tuple[int, ...], Any]] = {
     ),
     "no-pool": ((2, 7, 7), lambda: cnn((2, 7, 7), conv(2, 33, 3), R(), conv(33, 5, 2), R())),
     "no-relu-conv": ((1, 6, 6), lambda: cnn((1, 6, 6), conv(1, 4, 3), P2(), conv(4, 3, 1))),
-    "no-bias-conv": ((4, 6, 9), lambda: cnn((4, 6, 9), conv(4, 8, 4, pad=3, bias=False), R(), P2())),
+    "no-bias-conv": (
+        (4, 6, 9),
+        lambda: cnn((4, 6, 9), conv(4, 8, 4, pad=3, bias=False), R(), P2()),
+    ),
     "conv7": ((1, 15, 9), lambda: cnn((1, 15, 9), conv(1, 16, 7, pad=3), R(), P2())),
     "tall-kernel": (
         (3, 10, 10),
@@ -155,7 +158,9 @@ class Fleet:
         )
         count = len(self.held)
         self.seeds = np.arange(count, dtype=np.uint64) * np.uint64(0xDEADBEEF12345677)
-        self.draw_seeds = np.arange(count, dtype=np.uint64) * np.uint64(9876543210123) + np.uint64(7)
+        self.draw_seeds = np.arange(count, dtype=np.uint64) * np.uint64(9876543210123) + np.uint64(
+            7
+        )
 
     @staticmethod
     def ragged(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -532,7 +537,9 @@ def test_mix() -> None:
 def test_few_of_many_stored_samples_are_drawn_as_torch_would() -> None:
     replay = [list(range(60)) * 40]
     options = {"batch_size": 1, "replay_batch": 3, "epochs": 20}
-    assert_equal_training(fleet("linear", held=[list(range(30))], replay=replay, options=options), ISAS[-1])
+    assert_equal_training(
+        fleet("linear", held=[list(range(30))], replay=replay, options=options), ISAS[-1]
+    )
 
 
 def test_more_draws_than_the_generator_has_state() -> None:
@@ -718,5 +725,10 @@ def test_data_that_is_refused() -> None:
     with pytest.raises(ValueError, match="features"):
         plan.forward(make(np.zeros((4, 5), np.float32), y), np.zeros(6, np.float32), one, out)
     with pytest.raises(ValueError, match="labels"):
-        plan.fisher(make(x, y + 2), np.zeros(6, np.float32), one, np.array([0, 1]),
-                    np.empty((1, 6), np.float32))
+        plan.fisher(
+            make(x, y + 2),
+            np.zeros(6, np.float32),
+            one,
+            np.array([0, 1]),
+            np.empty((1, 6), np.float32),
+        )
