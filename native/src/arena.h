@@ -13,7 +13,9 @@ namespace edgelearn {
 
 constexpr size_t kLine = 64;  // bytes
 
-constexpr size_t padded(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr size_t padded(size_t n, size_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Grows, never shrinks; a thread keeps its own between calls, so small rounds allocate nothing.
 class Arena {

@@ -49,13 +49,34 @@ Shape shape_of(const A& array) {
 
 template <typename T>
 const char* dtype_name();
-template <> const char* dtype_name<float>() { return "float32"; }
-template <> const char* dtype_name<double>() { return "float64"; }
-template <> const char* dtype_name<int32_t>() { return "int32"; }
-template <> const char* dtype_name<int64_t>() { return "int64"; }
-template <> const char* dtype_name<uint64_t>() { return "uint64"; }
-template <> const char* dtype_name<uint8_t>() { return "uint8"; }
-template <> const char* dtype_name<bool>() { return "bool"; }
+template <>
+const char* dtype_name<float>() {
+  return "float32";
+}
+template <>
+const char* dtype_name<double>() {
+  return "float64";
+}
+template <>
+const char* dtype_name<int32_t>() {
+  return "int32";
+}
+template <>
+const char* dtype_name<int64_t>() {
+  return "int64";
+}
+template <>
+const char* dtype_name<uint64_t>() {
+  return "uint64";
+}
+template <>
+const char* dtype_name<uint8_t>() {
+  return "uint8";
+}
+template <>
+const char* dtype_name<bool>() {
+  return "bool";
+}
 
 // The elements of an array of this type and shape, contiguous; a size of -1 allows any.
 template <typename T, typename A>
@@ -67,7 +88,8 @@ auto* elements(const std::string& name, const A& array, const Shape& shape) {
   if (array.dtype() != nb::dtype<T>()) refuse(name + " must be " + dtype_name<T>());
   int64_t stride = 1;
   for (size_t i = actual.size(); i-- > 0;) {
-    if (actual[i] > 1 && array.stride(i) != stride) refuse(name + " must be C-contiguous");
+    if (array.size() > 0 && actual[i] > 1 && array.stride(i) != stride)
+      refuse(name + " must be C-contiguous");
     stride *= actual[i];
   }
   if constexpr (std::is_same_v<A, Output>) {
@@ -153,7 +175,8 @@ class DataHandle {
     }
     if (domain_weight) {
       if (!domain_index) refuse("domain_weight needs domain_index");
-      data.domain_weight = elements<float>("domain_weight", *domain_weight, shape_of(*domain_index));
+      data.domain_weight =
+          elements<float>("domain_weight", *domain_weight, shape_of(*domain_index));
       kept_.push_back(*domain_weight);
     }
     if (task_masks) {
@@ -252,7 +275,8 @@ nb::tuple fit_devices(const Plan& plan, const DataHandle& handle, const Array& p
   a.weight_decay = static_cast<float>(weight_decay);
   a.proximal_mu = static_cast<float>(proximal_mu);
   a.strength = static_cast<float>(strength);
-  if (curvature.has_value() != anchor.has_value()) refuse("give both curvature and anchor, or none");
+  if (curvature.has_value() != anchor.has_value())
+    refuse("give both curvature and anchor, or none");
   if (curvature) {
     a.curvature = elements<uint64_t>("curvature", *curvature, {devices});
     a.anchor = elements<uint64_t>("anchor", *anchor, {devices});
@@ -272,7 +296,8 @@ nb::tuple fit_devices(const Plan& plan, const DataHandle& handle, const Array& p
     a.replay_starts = elements<int64_t>("replay_starts", *replay_starts, {devices + 1});
     check_starts("replay_starts", a.replay_starts, devices, held);
     check_ids("replay_ids", a.replay_ids, held, handle.data.num_ids());
-    if (replay_batch < 0) refuse("replay_batch is " + std::to_string(replay_batch) + "; at least 0");
+    if (replay_batch < 0)
+      refuse("replay_batch is " + std::to_string(replay_batch) + "; at least 0");
     if (!(replay_share <= 1.0)) refuse("replay_share is above 1 or no number");
     a.replay_batch = replay_batch;
     a.replay_share = replay_share;
@@ -397,12 +422,13 @@ NB_MODULE(_core, m) {
       .def("__len__", [](const DataHandle& d) { return d.data.size; });
 
   nb::class_<Plan>(m, "Plan")
-      .def("__init__",
-           [](Plan* self, const std::vector<int64_t>& input_shape, int64_t num_params,
-              const nb::iterable& layers, const std::optional<std::string>& isa) {
-             new (self) Plan(input_shape, num_params, layer_specs(layers), isa.value_or(""));
-           },
-           "input_shape"_a, "num_params"_a, "layers"_a, "isa"_a = nb::none())
+      .def(
+          "__init__",
+          [](Plan* self, const std::vector<int64_t>& input_shape, int64_t num_params,
+             const nb::iterable& layers, const std::optional<std::string>& isa) {
+            new (self) Plan(input_shape, num_params, layer_specs(layers), isa.value_or(""));
+          },
+          "input_shape"_a, "num_params"_a, "layers"_a, "isa"_a = nb::none())
       .def_prop_ro("isa", &Plan::isa)
       .def_prop_ro("num_params", [](const Plan& p) { return p.num_params(); })
       .def_prop_ro("num_classes", &Plan::num_classes)
@@ -412,8 +438,8 @@ NB_MODULE(_core, m) {
            nb::arg("draw_seeds").noconvert() = nb::none(), "epochs"_a, "batch_size"_a, "lr"_a,
            "momentum"_a = 0.0, "weight_decay"_a = 0.0, "proximal_mu"_a = 0.0,
            nb::arg("curvature").noconvert() = nb::none(),
-           nb::arg("anchor").noconvert() = nb::none(), "curvature_size"_a = 0,
-           "strength"_a = 0.0, nb::arg("replay_ids").noconvert() = nb::none(),
+           nb::arg("anchor").noconvert() = nb::none(), "curvature_size"_a = 0, "strength"_a = 0.0,
+           nb::arg("replay_ids").noconvert() = nb::none(),
            nb::arg("replay_starts").noconvert() = nb::none(), "replay_batch"_a = 0,
            "replay_share"_a = -1.0, nb::arg("logits").noconvert() = nb::none(),
            "distill_weight"_a = 0.0, "num_threads"_a = 1)
@@ -433,6 +459,6 @@ NB_MODULE(_core, m) {
   m.def("permutation", permutation, "seed"_a, "n"_a);
   m.def("weighted_sum", sum_rows, nb::arg("updates").noconvert(), nb::arg("weights").noconvert(),
         nb::arg("out").noconvert(), "num_threads"_a = 1);
-  m.def("finite_rows", check_rows, nb::arg("updates").noconvert(),
-        nb::arg("finite").noconvert(), nb::arg("norms").noconvert(), "num_threads"_a = 1);
+  m.def("finite_rows", check_rows, nb::arg("updates").noconvert(), nb::arg("finite").noconvert(),
+        nb::arg("norms").noconvert(), "num_threads"_a = 1);
 }

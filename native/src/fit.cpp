@@ -58,8 +58,8 @@ class Trainer {
     double loss = 0.0;
     int64_t done = 0, passed = 0;
     for (int64_t epoch = 0; epoch < args_.epochs; epoch++) {
-      const uint32_t* order =
-          shuffles_.all(epoch_seed(args_.seeds[k], static_cast<uint64_t>(epoch)), static_cast<size_t>(n));
+      const uint32_t* order = shuffles_.all(
+          epoch_seed(args_.seeds[k], static_cast<uint64_t>(epoch)), static_cast<size_t>(n));
       for (int64_t begin = 0; begin < n; begin += args_.batch_size) {
         const int arriving = static_cast<int>(std::min(args_.batch_size, n - begin));
         for (int i = 0; i < arriving; i++) put(i, ids[order[begin + i]]);
@@ -271,7 +271,8 @@ void fisher(const Plan& plan, const Data& data, const float* params, int64_t num
           network.add_squared_gradients(count, theta.data(), state->sum);
         }
         float* row = out + static_cast<size_t>(k) * size;
-        plan.unpack(state->sum, nullptr, n > 0 ? 1.f / static_cast<float>(n) : 0.f, size, true, row);
+        plan.unpack(state->sum, nullptr, n > 0 ? 1.f / static_cast<float>(n) : 0.f, size, true,
+                    row);
         plan.zero_rest(row, size);
       });
 }

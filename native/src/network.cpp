@@ -255,7 +255,8 @@ void Network::add_squared_gradients(int batch, const float* theta, float* sum) {
     kernels_.linear_backward(squared);
     if (l.flat_bias != -1) {
       for (int b = 0; b < batch; b++) {
-        kernels_.axpy(squares_[1] + static_cast<size_t>(b) * d_stride, -1.f, sum + l.bias_at, l.out);
+        kernels_.axpy(squares_[1] + static_cast<size_t>(b) * d_stride, -1.f, sum + l.bias_at,
+                      l.out);
       }
     }
     d = pass.dx;

@@ -29,8 +29,8 @@ const uint32_t* Permuter::first(uint64_t seed, size_t n, size_t count) {
   // Keys are uniform, so those below a threshold are about as many as wanted and a few more.
   uint64_t threshold = ~uint64_t{0};
   if (count * 2 < n) {
-    const double share = (static_cast<double>(count) + 4.0 * std::bit_width(count) + 8.0) /
-                         static_cast<double>(n);
+    const double share =
+        (static_cast<double>(count) + 4.0 * std::bit_width(count) + 8.0) / static_cast<double>(n);
     if (share < 0.9) threshold = static_cast<uint64_t>(share * 18446744073709551615.0);
   }
   size_t kept = 0;

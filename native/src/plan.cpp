@@ -65,7 +65,8 @@ Plan::Plan(std::vector<int64_t> input_shape, int64_t num_params,
       if (shape.size() != 3) refuse(name + " needs an input of shape (C, H, W)");
       const auto& a = layer.args;
       for (size_t j = 2; j < 7; j++) {
-        if (a[j] < (j < 5 ? 1 : 0) || a[j] > 65536) refuse(name + ": a size of " + std::to_string(a[j]));
+        if (a[j] < (j < 5 ? 1 : 0) || a[j] > 65536)
+          refuse(name + ": a size of " + std::to_string(a[j]));
       }
       const int64_t rows = shape[1] + 2 * a[5] - a[3] + 1, cols = shape[2] + 2 * a[6] - a[4] + 1;
       if (rows < 1 || cols < 1) refuse(name + ": the kernel is larger than the image");
@@ -159,7 +160,8 @@ Plan::Plan(std::vector<int64_t> input_shape, int64_t num_params,
   std::sort(tensors_.begin(), tensors_.end(), [](Range a, Range b) { return a.begin < b.begin; });
   for (size_t i = 1; i < tensors_.size(); i++) {
     if (tensors_[i].begin < tensors_[i - 1].end) {
-      refuse("two tensors share element " + std::to_string(tensors_[i].begin) + " of the parameters");
+      refuse("two tensors share element " + std::to_string(tensors_[i].begin) +
+             " of the parameters");
     }
   }
 }
@@ -173,13 +175,14 @@ void Plan::each_run(bool with_linear_weights, F&& f) const {
     for (int o = 0; o < s.out_channels; o++) {
       for (int i = 0; i < s.in_channels; i++) {
         for (int y = 0; y < s.kernel_h; y++) {
-          const size_t row = c.weight_at +
-                             (static_cast<size_t>(o) * s.kernel_h + y) * s.run_stride + i;
+          const size_t row =
+              c.weight_at + (static_cast<size_t>(o) * s.kernel_h + y) * s.run_stride + i;
           for (int x = 0; x < s.kernel_w; x++) f(flat++, row + x * s.in_channels, size_t{1});
         }
       }
     }
-    if (c.flat_bias != -1) f(static_cast<size_t>(c.flat_bias), c.bias_at, static_cast<size_t>(s.out_channels));
+    if (c.flat_bias != -1)
+      f(static_cast<size_t>(c.flat_bias), c.bias_at, static_cast<size_t>(s.out_channels));
   }
   for (const LinearStage& l : linears_) {
     if (with_linear_weights) {
@@ -188,7 +191,8 @@ void Plan::each_run(bool with_linear_weights, F&& f) const {
           static_cast<size_t>(l.in));
       }
     }
-    if (l.flat_bias != -1) f(static_cast<size_t>(l.flat_bias), l.bias_at, static_cast<size_t>(l.out));
+    if (l.flat_bias != -1)
+      f(static_cast<size_t>(l.flat_bias), l.bias_at, static_cast<size_t>(l.out));
   }
 }
 
@@ -210,7 +214,8 @@ void Plan::unpack(const float* packed, const float* minus, float factor, size_t 
     if (to >= limit) return;
     size = std::min(size, limit - to);
     if (minus) {
-      for (size_t i = 0; i < size; i++) flat[to + i] = (packed[from + i] - minus[from + i]) * factor;
+      for (size_t i = 0; i < size; i++)
+        flat[to + i] = (packed[from + i] - minus[from + i]) * factor;
     } else {
       for (size_t i = 0; i < size; i++) flat[to + i] = packed[from + i] * factor;
     }

@@ -27,11 +27,12 @@ void weighted_sum(const Kernels& kernels, const float* updates, const double* we
 
 void finite_rows(const Kernels& kernels, const float* updates, int64_t rows, size_t cols,
                  bool* finite, double* norm, int num_threads) {
-  run_jobs(in_order(rows), num_threads, [] { return 0; },
-           [&](int, int64_t k) {
-             norm[k] = std::sqrt(kernels.squared_norm(
-                 updates + static_cast<size_t>(k) * cols, cols, finite + k));
-           });
+  run_jobs(
+      in_order(rows), num_threads, [] { return 0; },
+      [&](int, int64_t k) {
+        norm[k] = std::sqrt(
+            kernels.squared_norm(updates + static_cast<size_t>(k) * cols, cols, finite + k));
+      });
 }
 
 }  // namespace edgelearn

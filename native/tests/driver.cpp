@@ -29,15 +29,36 @@ void require(bool condition, const char* what, const char* net) {
 
 std::vector<Net> nets() {
   std::vector<Net> all;
-  all.push_back({"tiny", {64}, 2410, {{"linear", {0, 2048, 32}}, {"relu", {}}, {"linear", {2080, 2400, 10}}}});
-  all.push_back({"odd", {13}, 300, {{"linear", {1, -1, 17}}, {"relu", {}}, {"linear", {230, 247, 1}}, {"linear", {250, 260, 7}}}});
-  all.push_back({"wide", {1500}, 1500 * 35 + 35 + 35 * 5, {{"linear", {0, 52500, 35}}, {"linear", {52535, -1, 5}}}});
+  all.push_back({"tiny",
+                 {64},
+                 2410,
+                 {{"linear", {0, 2048, 32}}, {"relu", {}}, {"linear", {2080, 2400, 10}}}});
+  all.push_back({"odd",
+                 {13},
+                 300,
+                 {{"linear", {1, -1, 17}},
+                  {"relu", {}},
+                  {"linear", {230, 247, 1}},
+                  {"linear", {250, 260, 7}}}});
+  all.push_back({"wide",
+                 {1500},
+                 1500 * 35 + 35 + 35 * 5,
+                 {{"linear", {0, 52500, 35}}, {"linear", {52535, -1, 5}}}});
   // conv 5x5 3 -> 6 pad 2, pool; conv 3x3 6 -> 19 pad 0; conv 1x1 19 -> 33; linear
-  const int64_t a = 3 * 25 * 6, b = a + 6, c = b + 6 * 9 * 19, d = c + 19 * 33, e = d + 33, f = e + 33 * 12 * 4;
-  all.push_back({"convs", {3, 9, 13}, f + 4,
-                 {{"conv2d", {0, a, 6, 5, 5, 2, 2}}, {"relu", {}}, {"maxpool2d", {2}},
-                  {"conv2d", {b, -1, 19, 3, 3, 1, 0}}, {"conv2d", {c, d, 33, 1, 1, 0, 0}},
-                  {"maxpool2d", {2}}, {"relu", {}}, {"flatten", {}}, {"linear", {e, f, 4}}}});
+  const int64_t a = 3 * 25 * 6, b = a + 6, c = b + 6 * 9 * 19, d = c + 19 * 33, e = d + 33,
+                f = e + 33 * 12 * 4;
+  all.push_back({"convs",
+                 {3, 9, 13},
+                 f + 4,
+                 {{"conv2d", {0, a, 6, 5, 5, 2, 2}},
+                  {"relu", {}},
+                  {"maxpool2d", {2}},
+                  {"conv2d", {b, -1, 19, 3, 3, 1, 0}},
+                  {"conv2d", {c, d, 33, 1, 1, 0, 0}},
+                  {"maxpool2d", {2}},
+                  {"relu", {}},
+                  {"flatten", {}},
+                  {"linear", {e, f, 4}}}});
   return all;
 }
 
@@ -76,7 +97,8 @@ void drive(const Net& net, const std::string& isa, int64_t batch_size, bool all_
   std::vector<uint64_t> seeds, curvature, anchor;
   std::vector<float> fisher_of_devices(devices * net.size);
   for (int64_t k = 0; k < devices; k++) {
-    for (int64_t i = 0; i < k * 5; i++) ids.push_back(static_cast<int32_t>((i * 11 + k) % data.num_ids()));
+    for (int64_t i = 0; i < k * 5; i++)
+      ids.push_back(static_cast<int32_t>((i * 11 + k) % data.num_ids()));
     starts.push_back(static_cast<int64_t>(ids.size()));
     replay_starts.push_back(starts.back() / 2);
     seeds.push_back(static_cast<uint64_t>(k) * 12345);
@@ -84,7 +106,8 @@ void drive(const Net& net, const std::string& isa, int64_t batch_size, bool all_
   fisher(plan, data, params.data(), devices, ids.data(), starts.data(), 0, net.size, 3,
          fisher_of_devices.data());
   std::vector<float> logits(ids.size() * classes);
-  forward(plan, data, params.data(), ids.data(), static_cast<int64_t>(ids.size()), 7, 3, logits.data());
+  forward(plan, data, params.data(), ids.data(), static_cast<int64_t>(ids.size()), 7, 3,
+          logits.data());
   for (int64_t k = 0; k < devices; k++) {
     curvature.push_back(reinterpret_cast<uint64_t>(fisher_of_devices.data() + k * net.size));
     anchor.push_back(reinterpret_cast<uint64_t>(params.data()));
@@ -130,7 +153,8 @@ void drive(const Net& net, const std::string& isa, int64_t batch_size, bool all_
     std::vector<float> total(net.size);
     std::vector<double> weights(devices, 0.5), norms(devices);
     bool finite[6];
-    weighted_sum(plan.kernels(), updates.data(), weights.data(), devices, net.size, total.data(), threads);
+    weighted_sum(plan.kernels(), updates.data(), weights.data(), devices, net.size, total.data(),
+                 threads);
     finite_rows(plan.kernels(), updates.data(), devices, net.size, finite, norms.data(), threads);
     require(finite[0] && finite[5] && norms[5] > 0, "norms", net.name);
   }

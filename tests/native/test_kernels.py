@@ -416,6 +416,23 @@ def test_task_masks(isa: str) -> None:
 
 
 @isas
+def test_no_devices_and_no_samples(isa: str) -> None:
+    updates, loss, steps, passed = fleet("tiny", held=[]).fit(isa, num_threads=3)
+    assert len(updates) == len(loss) == len(steps) == len(passed) == 0
+    f = fleet("tiny", held=[[], [1, 2]])
+    assert (f.fit(isa, epochs=0)[0] == 0).all()
+    logits = np.empty((0, f.classes), np.float32)
+    f.plan(isa).forward(f.data, f.params, np.empty(0, np.int32), logits)
+
+
+@isas
+def test_certain_predictions_train(isa: str) -> None:
+    f = fleet("tiny", options={"lr": 0.01})
+    f.params = f.params * 60
+    assert_equal_training(f, isa)
+
+
+@isas
 def test_elements_of_no_tensor_stay(isa: str) -> None:
     updates = fleet("odd", extra=5).fit(isa)[0]
     assert (updates[:, -5:] == 0).all()

@@ -9,12 +9,12 @@
 
 namespace edgelearn::EDGELEARN_ISA {
 
-constexpr int kBlockVectors = 2;                         // of output channels at a time
-constexpr int kPooledCols = kManyRegisters ? 4 : 2;      // of 2-row tiles, in conv outputs
-constexpr int kRowCols = kManyRegisters ? 8 : 4;         // of 1-row tiles
-constexpr int kRunVectors = kManyRegisters ? 12 : 10;    // of a window's row, backward
-constexpr int kChunkFloats = 5120;                       // weights to keep in the first-level cache
-constexpr int kTallRows = 7;                             // kernel rows at once if a run is a vector
+constexpr int kBlockVectors = 2;                       // of output channels at a time
+constexpr int kPooledCols = kManyRegisters ? 4 : 2;    // of 2-row tiles, in conv outputs
+constexpr int kRowCols = kManyRegisters ? 8 : 4;       // of 1-row tiles
+constexpr int kRunVectors = kManyRegisters ? 12 : 10;  // of a window's row, backward
+constexpr int kChunkFloats = 5120;                     // weights to keep in the first-level cache
+constexpr int kTallRows = 7;                           // kernel rows at once if a run is a vector
 
 EDGELEARN_INLINE int channel_vectors(const ConvShape& s) { return (s.out_channels + W - 1) / W; }
 
@@ -169,7 +169,8 @@ inline void conv_forward(const ConvShape& s, const ConvForward& p) {
           tile.out = p.out + static_cast<ptrdiff_t>(row) * s.out_row +
                      static_cast<ptrdiff_t>(col) * s.out_channels + o;
           if (s.pool) {
-            tile.window = p.window + (static_cast<ptrdiff_t>(row) * s.out_cols + col) * s.out_channels + o;
+            tile.window =
+                p.window + (static_cast<ptrdiff_t>(row) * s.out_cols + col) * s.out_channels + o;
           }
           ConvTileFn fn = block == W ? conv_tile_of<1>(s.pool, stride * cols)
                                      : conv_tile_of<2>(s.pool, stride * cols);
@@ -262,7 +263,8 @@ inline void list_nonzeros(const ConvShape& s, const ConvBackward& p) {
   for (int o = 0; o < channels; o++) p.num_nonzeros[o] = 0;
   for (int row = 0, cell = 0; row < s.out_rows; row++) {
     for (int col = 0; col < s.out_cols; col++, cell++) {
-      const ptrdiff_t at = static_cast<ptrdiff_t>(row) * s.out_row + static_cast<ptrdiff_t>(col) * channels;
+      const ptrdiff_t at =
+          static_cast<ptrdiff_t>(row) * s.out_row + static_cast<ptrdiff_t>(col) * channels;
       const float *h = p.out + at, *d = p.d_out + at;
       const int32_t* window = s.pool ? p.window + static_cast<ptrdiff_t>(cell) * channels : nullptr;
       const int32_t origin = row * s.in_row + col * s.in_channels;

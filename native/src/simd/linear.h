@@ -61,10 +61,14 @@ EDGELEARN_INLINE DotTile dot_tile_of(int rows) {
 
 EDGELEARN_INLINE DotTile dot_tile_of(int rows, int cols) {
   switch (cols) {
-    case 1: return dot_tile_of<1>(rows);
-    case 2: return dot_tile_of<2>(rows);
-    case 3: return dot_tile_of<3>(rows);
-    default: return dot_tile_of<4>(rows);
+    case 1:
+      return dot_tile_of<1>(rows);
+    case 2:
+      return dot_tile_of<2>(rows);
+    case 3:
+      return dot_tile_of<3>(rows);
+    default:
+      return dot_tile_of<4>(rows);
   }
 }
 
@@ -194,9 +198,9 @@ EDGELEARN_INLINE InputTile input_tile_of(int rows, int cols) {
 
 template <int C, Terms kTerms>
 EDGELEARN_INLINE WeightTile weight_tile_of(int rows) {
-  static constexpr WeightTile tiles[] = {
-      weight_tile<1, C, kTerms>, weight_tile<2, C, kTerms>, weight_tile<3, C, kTerms>,
-      weight_tile<4, C, kTerms>, weight_tile<5, C, kTerms>, weight_tile<6, C, kTerms>};
+  static constexpr WeightTile tiles[] = {weight_tile<1, C, kTerms>, weight_tile<2, C, kTerms>,
+                                         weight_tile<3, C, kTerms>, weight_tile<4, C, kTerms>,
+                                         weight_tile<5, C, kTerms>, weight_tile<6, C, kTerms>};
   return tiles[rows - 1];
 }
 
@@ -237,9 +241,12 @@ void linear_backward_as(const LinearBackward& p) {
 
 inline void linear_backward(const LinearBackward& p) {
   switch (p.step ? terms_of(*p.step) : Terms::kNone) {
-    case Terms::kNone: return linear_backward_as<Terms::kNone>(p);
-    case Terms::kNoBuffer: return linear_backward_as<Terms::kNoBuffer>(p);
-    case Terms::kMomentum: return linear_backward_as<Terms::kMomentum>(p);
+    case Terms::kNone:
+      return linear_backward_as<Terms::kNone>(p);
+    case Terms::kNoBuffer:
+      return linear_backward_as<Terms::kNoBuffer>(p);
+    case Terms::kMomentum:
+      return linear_backward_as<Terms::kMomentum>(p);
   }
 }
 

@@ -71,9 +71,12 @@ void step_range_as(const Step& s, const float* gradient, size_t begin, size_t si
 
 inline void step_range(const Step& s, const float* gradient, size_t begin, size_t size) {
   switch (terms_of(s)) {
-    case Terms::kNone: return step_range_as<Terms::kNone>(s, gradient, begin, size);
-    case Terms::kNoBuffer: return step_range_as<Terms::kNoBuffer>(s, gradient, begin, size);
-    case Terms::kMomentum: return step_range_as<Terms::kMomentum>(s, gradient, begin, size);
+    case Terms::kNone:
+      return step_range_as<Terms::kNone>(s, gradient, begin, size);
+    case Terms::kNoBuffer:
+      return step_range_as<Terms::kNoBuffer>(s, gradient, begin, size);
+    case Terms::kMomentum:
+      return step_range_as<Terms::kMomentum>(s, gradient, begin, size);
   }
 }
 

@@ -102,10 +102,10 @@ EDGELEARN_INLINE float sum(V v) {
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-// e^x for x <= 0 to about two units in the last place; 0 below -87. Cody-Waite, then Cephes'
-// polynomial.
+// e^x for x <= 0 to about two units in the last place; 0 below -60, lest products with
+// it become denormal. Cody-Waite, then Cephes' polynomial.
 EDGELEARN_INLINE V exp_nonpositive(V x) {
-  const V tiny = splat(-87.f);
+  const V tiny = splat(-60.f);
   V clamped = x < tiny ? tiny : x;
   V n = clamped * 1.44269504088896341f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
   keep(n);
