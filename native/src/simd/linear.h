@@ -135,7 +135,6 @@ void weight_tile(const LinearBackward& p, int o, int i) {
   V a[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
-    prefetch_step<kTerms, C>(s, at + static_cast<size_t>(r) * p.in_stride);
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) {
       a[r][c] = begin_step<kTerms>(s, at + static_cast<size_t>(r) * p.in_stride + c * W);

@@ -49,18 +49,6 @@ EDGELEARN_INLINE V end_step(const Step& s, size_t at, V sum) {
   return theta;
 }
 
-// Fetches what `end_step` will read of C vectors: it doesn't fit the second-level cache, and the
-// products of a tile are time enough to wait for it.
-template <Terms kTerms, int C>
-EDGELEARN_INLINE void prefetch_step(const Step& s, size_t at) {
-  if (kTerms == Terms::kNone || !s.pull) return;
-#pragma GCC unroll 4
-  for (int c = 0; c < C; c++) {
-    __builtin_prefetch(s.pull + at + c * W, 0, 0);
-    __builtin_prefetch(s.anchor + at + c * W, 0, 0);
-  }
-}
-
 template <Terms kTerms>
 void step_range_as(const Step& s, const float* gradient, size_t begin, size_t size) {
   for (size_t i = 0; i < size; i += W) {
