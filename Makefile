@@ -13,12 +13,15 @@ help: ## Print this help
 
 setup: $(READY) ## Create .venv and install edgelearn with all extras
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard native/pyproject.toml native/CMakeLists.txt native/src/*.* native/src/simd/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "edgelearn needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing edgelearn into $(VENV) (a few minutes, once) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@if command -v c++ > /dev/null; then \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check ./native; \
+	else echo "No C++ compiler: edgelearn works without its compiled kernels, only slower."; fi
 	@touch $(READY)
 
 demo: $(READY) ## Simulate a fleet that learns without forgetting, and one that forgets

@@ -330,6 +330,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from edgelearn.doctor import examine
@@ -338,7 +339,7 @@ def _doctor(options: argparse.Namespace) -> int:
     console = Console()
     facts = Table.grid(padding=(0, 2))
     for name, text in (*found.facts.items(), *found.extras.items()):
-        facts.add_row(name, text)
+        facts.add_row(name, escape(text))
     console.print(facts)
     tiers = Table(title=f"{found.scenario}: device updates per second", title_justify="left")
     tiers.add_column("tier")
@@ -347,7 +348,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for tier in found.tiers:
         rate = "-" if tier.rate is None else f"{tier.rate:,.0f}"
         note = f"chosen: {found.reason}" if tier.is_chosen else tier.note
-        tiers.add_row(tier.name, rate, note)
+        tiers.add_row(tier.name, rate, escape(note))
     console.print(tiers)
     return DONE
 

@@ -164,7 +164,7 @@ class ByCohort:
             metrics = {"num-examples": weighed, "loss": loss or 0.0, "num-steps": 0}
             reply = wire.reply_content(metrics, wire.encode_vector(mean))
             asking = Message(content, int(asked.devices[0]) + 1, wire.FIT)
-            with run.hook("aggregate_train", server_round):
+            with run.hook("aggregate_train", server_round, draws=False):
                 arrays, _ = run.strategy.aggregate_train(
                     server_round, [Message(reply, reply_to=asking)]
                 )
