@@ -60,13 +60,14 @@ def split(seed: int, index: int) -> int:
     return mix((seed + (index + 1) * _GOLDEN) & _WORD)
 
 
-def split_all(seed: int, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return `split(seed, index)` for each index."""
+def split_all(seed: int | NDArray[np.uint64], indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return `split(seed, index)` for each index; the two are broadcast."""
     steps = indices.astype(np.uint64) + np.uint64(1)
-    word = np.uint64(seed) + steps * np.uint64(_GOLDEN)
+    word = np.asarray(seed, np.uint64) + steps * np.uint64(_GOLDEN)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+    out: NDArray[np.uint64] = word ^ (word >> np.uint64(31))
+    return out
 
 
 def permutation(seed: int, count: int) -> NDArray[np.int64]:
@@ -77,6 +78,14 @@ def permutation(seed: int, count: int) -> NDArray[np.int64]:
         [0, 1, 2, 3, 4]
     """
     return np.argsort(split_all(seed, np.arange(count)), kind="stable")
+
+
+def permutations(seeds: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `permutation(seed, count)` of each row [K, longest]; behind it, the places left."""
+    places = np.arange(int(counts.max(initial=0)))
+    words = split_all(seeds[:, None], places[None])
+    words[places >= counts[:, None]] = _WORD  # they sort behind all others
+    return np.argsort(words, axis=1, kind="stable")
 
 
 def numpy_generator(seed: int, purpose: str, *coordinates: int) -> np.random.Generator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.cohort import rows_in_memory
 from edgelearn.fleet.jobs import Engine
 from edgelearn.fleet.native import NativeEngine
@@ -38,4 +39,6 @@ def _open_alone(tier: str, world: World, store_path: Path) -> Engine:
     """Open an engine that uses one processor."""
     if tier == "native":
         return NativeEngine(world, store_path, num_threads=1)
+    if tier == "batched":
+        return BatchedEngine(world, store_path)
     return ReferenceEngine(world, store_path)

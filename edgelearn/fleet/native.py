@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.continual.strategy import Pull, Rehearsal
-from edgelearn.device.fleet_store import RecordFile, RecordLayout
-from edgelearn.device.learner import Learner, make_learner, refuse_divergence
-from edgelearn.errors import DivergenceError
-from edgelearn.federated import egress
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase
+from edgelearn.device.learner import Learner, make_learner
+from edgelearn.fleet import together
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job
 from edgelearn.fleet.reference import ReferenceEngine
 from edgelearn.scenario.samples import EMPTY
 from edgelearn.scenario.world import World
-from edgelearn.seeds import derive, split_all
 from edgelearn.stack import Conv2d, Flatten, Layer, Linear, MaxPool2d, NotAStackError, Stack
 
 MISSING = "edgelearn-native is not installed"
@@ -39,17 +36,13 @@ def is_installed() -> bool:
 
 def why_not(world: World, learner: Learner) -> str | None:
     """Return what keeps a scenario from the native tier; None if nothing does."""
-    strategy, spec = learner.strategy, learner.spec
-    name = type(strategy).__name__
     if not is_installed():
         return MISSING
-    if not strategy.is_declared or strategy.overrides("upload"):
-        return f"{name} computes what it does instead of declaring it"
-    pull = strategy.pull()
+    if (reason := together.not_declared(learner)) is not None:
+        return reason
+    pull = learner.strategy.pull()
     if pull is not None and pull.is_explicit:
-        return f"{name} takes its penalty as a gradient"
-    if spec.optimizer != "sgd":
-        return f"the optimizer is {spec.optimizer}"
+        return f"{type(learner.strategy).__name__} takes its penalty as a gradient"
     try:
         _plan(Stack.of(learner.model, world.sample_shape))
     except NotAStackError as error:
@@ -76,8 +69,7 @@ class NativeEngine:
         self._world, self._num_threads, self._kernels = world, num_threads, kernels
         self._learner = make_learner(world)
         self._rest = ReferenceEngine(world, store_path)
-        layout = RecordLayout.of(self._learner.declaration)
-        self._file = RecordFile(store_path, layout, world.scenario.fleet.num_devices)
+        self._memories = together.open_memories(world, self._learner, store_path)
         self._plan = _plan(Stack.of(self._learner.model, world.sample_shape))
         self._data = _data(world)
 
@@ -93,29 +85,13 @@ class NativeEngine:
 
     def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
         """Do all jobs; training goes to the compiled code."""
-        fits = [job for job in jobs if job.phase is Phase.FIT]
-        done = {job.row: result for job, result in self._one_by_one(jobs, fits, params, updates)}
-        if fits:
-            done |= self._together(fits, params, updates)
-        return [done[job.row] for job in jobs]
+        return together.run(jobs, params, updates, self.fit, self._rest.run)
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort in one call, apart from devices that have to catch up first."""
-        done = CohortDone.empty(cohort)
-        starts_anew = self._learner.strategy.overrides("start")
-        behind = cohort.consolidated < cohort.position
-        if starts_anew:
-            behind |= cohort.begun <= cohort.position
-        plain = np.flatnonzero(~behind)
-        if len(plain):
-            self._train(cohort, plain, params, updates, done)
-        rows = np.flatnonzero(behind).tolist()
-        if rows:
-            sizes = self._world.train_sizes(cohort.devices, cohort.position)
-            for result in self._rest.run(cohort.jobs(rows, sizes), params, updates):
-                done.take(result)
-            done.norms[rows] = torch.linalg.vector_norm(updates[rows], dim=1).numpy()
-        return done
+        return together.fit(
+            cohort, params, updates, self._world, self._learner, self._train, self._rest.run
+        )
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return sum_k weights_k updates_k [P], added up in the order of rows."""
@@ -127,27 +103,15 @@ class NativeEngine:
         """Nothing to release."""
         self._rest.close()
 
-    # -- training ----------------------------------------------------------------------------------
-
-    def _train(
-        self,
-        cohort: CohortFit,
-        rows: NDArray[np.int64],
-        params: Tensor,
-        updates: Tensor,
-        done: CohortDone,
-    ) -> None:
-        """Train some rows of a cohort in one call."""
-        devices, spec = cohort.devices[rows], self._learner.spec
-        ids, starts = self._world.train_ids(devices, cohort.position)
-        base = derive(self._world.scenario.seed, "steps", cohort.server_round)
-        seeds = split_all(base, devices)
-        whole = len(rows) == len(updates)
-        target = updates if whole else torch.empty(len(rows), updates.shape[1])
+    def _train(self, cohort: CohortFit, params: Tensor, out: Tensor) -> together.Trained:
+        """Train all of a cohort in one call."""
+        spec = self._learner.spec
+        ids, starts = self._world.train_ids(cohort.devices, cohort.position)
+        seeds = together.seeds_of(self._learner.seed, cohort)
         loss, steps, passed = self._plan.fit(
             self._data,
             params.numpy(),
-            target.numpy(),
+            out.numpy(),
             ids=ids,
             starts=starts,
             seeds=seeds,
@@ -159,36 +123,25 @@ class NativeEngine:
             weight_decay=spec.weight_decay,
             proximal_mu=cohort.proximal_mu,
             num_threads=self._num_threads,
-            **self._declared(cohort, rows),
+            **self._declared(cohort),
         )
-        finite, norms = np.empty(len(rows), bool), np.empty(len(rows))
-        self._kernels.finite_rows(target.numpy(), finite, norms, self._num_threads)
-        for index in np.flatnonzero(~(finite & np.isfinite(loss))).tolist():
-            row, device = int(rows[index]), int(devices[index])
-            done.errors[row] = _divergence(device, cohort.server_round, float(loss[index]))
-            target[index] = loss[index] = steps[index] = passed[index] = 0
-        if not whole:
-            updates[torch.from_numpy(rows)] = target
-        done.num_examples[rows] = np.diff(starts)
-        done.loss[rows], done.num_steps[rows], done.num_samples[rows] = loss, steps, passed
-        done.norms[rows] = norms
-        done.progress[rows, 0] = cohort.position + 1
+        finite, norms = np.empty(len(cohort), bool), np.empty(len(cohort))
+        self._kernels.finite_rows(out.numpy(), finite, norms, self._num_threads)
+        return together.Trained(loss, steps, passed, norms)
 
-    def _declared(self, cohort: CohortFit, rows: NDArray[np.int64]) -> dict[str, Any]:
+    def _declared(self, cohort: CohortFit) -> dict[str, Any]:
         """Return the arguments for what the strategy declares."""
         strategy = self._learner.strategy
         arguments: dict[str, Any] = {}
-        devices, slots = cohort.devices[rows], cohort.read_slots[rows]
         if (rehearsal := strategy.rehearsal()) is not None:
-            arguments |= self._replay(rehearsal, devices, slots)
+            arguments |= self._replay(rehearsal, cohort)
         if (pull := strategy.pull()) is not None:
-            arguments |= self._pull(pull, devices, slots)
+            arguments |= self._pull(pull, cohort)
         return arguments
 
-    def _replay(
-        self, rehearsal: Rehearsal, devices: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> dict[str, Any]:
-        buffers = self._file.gather(rehearsal.buffer, devices, slots, fill=EMPTY)
+    def _replay(self, rehearsal: Rehearsal, cohort: CohortFit) -> dict[str, Any]:
+        places = cohort.devices, cohort.read_slots
+        buffers = self._memories.gather(rehearsal.buffer, *places, fill=EMPTY)
         held = buffers != EMPTY
         starts = np.concatenate([[0], np.cumsum(held.sum(1))]).astype(np.int64)
         return {
@@ -198,56 +151,14 @@ class NativeEngine:
             "replay_share": -1.0 if rehearsal.share is None else rehearsal.share,
         }
 
-    def _pull(
-        self, pull: Pull, devices: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> dict[str, Any]:
+    def _pull(self, pull: Pull, cohort: CohortFit) -> dict[str, Any]:
+        places = cohort.devices, cohort.read_slots
         return {
-            "curvature": self._file.addresses(pull.curvature, devices, slots),
-            "anchor": self._file.addresses(pull.anchor, devices, slots),
+            "curvature": self._memories.addresses(pull.curvature, *places),
+            "anchor": self._memories.addresses(pull.anchor, *places),
             "curvature_size": self._learner.model.layout.num_trained,
             "strength": pull.strength,
         }
-
-    # -- jobs --------------------------------------------------------------------------------------
-
-    def _one_by_one(
-        self, jobs: Sequence[Job], fits: Sequence[Job], params: Tensor, updates: Tensor
-    ) -> list[tuple[Job, Done]]:
-        others = [job for job in jobs if job.phase is not Phase.FIT] if fits else list(jobs)
-        results = self._rest.run(others, params, updates) if others else []
-        return list(zip(others, results, strict=True))
-
-    def _together(self, fits: Sequence[Job], params: Tensor, updates: Tensor) -> dict[int, Done]:
-        """Train jobs of one round as a cohort."""
-        first = fits[0]
-
-        def column(name: str) -> NDArray[np.int64]:
-            return np.array([getattr(job, name) for job in fits], np.int64)
-
-        cohort = CohortFit(
-            devices=column("device"),
-            server_round=first.server_round,
-            position=first.position,
-            begun=column("begun"),
-            consolidated=column("consolidated"),
-            read_slots=column("read_slot"),
-            write_slots=column("write_slot"),
-            serial=first.serial,
-            proximal_mu=first.proximal_mu,
-        )
-        rows = torch.from_numpy(column("row"))
-        own = torch.zeros(len(fits), updates.shape[1])
-        done = self.fit(cohort, params, own)
-        updates[rows] = own
-        return {job.row: done.of(index, job.row) for index, job in enumerate(fits)}
-
-
-def _divergence(device: int, server_round: int, loss: float) -> str:
-    """Return the reason that the learner gives."""
-    try:
-        refuse_divergence(device, server_round, loss)
-    except DivergenceError as error:
-        return egress.reason_of(error)
 
 
 def _plan(stack: Stack) -> Any:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from edgelearn.device.learner import Learner
 from edgelearn.errors import RunError, nearest
-from edgelearn.fleet import native, ray
+from edgelearn.fleet import batched, native, ray
 from edgelearn.scenario.spec import ENGINES
 from edgelearn.scenario.world import World
 
 # Below this much training in a round, starting workers and handing out jobs costs more than a
 # second core gives.
 _WORTH_FLOPS = 20e9
-ONE_WORKER = ("reference",)
+ONE_WORKER = ("reference", "batched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +62,39 @@ def make_plan(
     if engine in ONE_WORKER and (num_workers or 1) > 1:
         raise RunError(f"the {engine} engine has one worker, got {num_workers}; use pool")
     flops, cores = forward_flops(world), os.cpu_count() or 1
-    obstacle = native.why_not(world, learner)
-    if engine == "native" and obstacle is not None:
-        raise RunError(f"the native engine can't run this scenario: {obstacle}")
+    obstacles = {
+        "native": native.why_not(world, learner),
+        "batched": batched.why_not(world, learner),
+        "ray": None if ray.is_installed() else ray.MISSING,
+    }
+    if (obstacle := obstacles.get(engine)) is not None:
+        raise RunError(f"the {engine} engine can't run this scenario: {obstacle}")
+    quickest = next(
+        (name for name in ("native", "batched") if obstacles[name] is None), "reference"
+    )
     if engine == "ray":
-        if not ray.is_installed():
-            raise RunError(f"the ray engine can't run: {ray.MISSING}")
-        inner = "native" if obstacle is None else "reference"
-        reason = f"asked for; each worker runs the {inner} tier"
-        return Plan(engine, num_workers or cores, reason, flops, inner)
+        reason = f"asked for; each worker runs the {quickest} tier"
+        return Plan(engine, num_workers or cores, reason, flops, quickest)
     if engine != "auto":
         workers = 1 if engine in ONE_WORKER else num_workers or cores
         return Plan(engine, workers, "asked for", flops)
-    if obstacle is None:
+    if quickest == "native":
         covers = "compiled code covers the network and the strategy"
         return Plan("native", num_workers or cores, covers, flops)
-    tier, workers, reason = _without_compiler(world, flops, num_workers, cores)
-    return Plan(tier, workers, f"{reason}; not native: {obstacle}", flops)
+    tier, workers, reason = _without_compiler(world, flops, num_workers, cores, quickest)
+    return Plan(tier, workers, f"{reason}; not native: {obstacles['native']}", flops)
 
 
 def _without_compiler(
-    world: World, flops: float, num_workers: int | None, cores: int
+    world: World, flops: float, num_workers: int | None, cores: int, alone: str
 ) -> tuple[str, int, str]:
     """Return tier, workers and reason among the tiers that need torch alone."""
+    if num_workers is not None and num_workers > 1:
+        return "pool", num_workers, f"{num_workers} workers asked for"
+    if alone == "batched":
+        return "batched", 1, "networks of many devices fit into the cache at once"
     if num_workers is not None:
-        tier = "pool" if num_workers > 1 else "reference"
-        return tier, num_workers, f"{num_workers} worker(s) asked for"
+        return "reference", 1, "1 worker asked for"
     spec = world.scenario
     mean_samples = len(world.train.y) / spec.fleet.num_devices / spec.stream.num_experiences
     work = 3 * flops * mean_samples * spec.client.epochs * spec.fleet.cohort

@@ -190,12 +190,13 @@ class _Site:
 
     def __init__(self, world: World, open_inner: OpenInner) -> None:
         torch.set_num_threads(1)
-        self._folder = tempfile.TemporaryDirectory(prefix="edgelearn-ray-")
-        path = Path(self._folder.name) / "devices.bin"
         layout = RecordLayout.of(make_learner(world).declaration)
-        RecordFile.create(path, layout, world.scenario.fleet.num_devices)
-        self._file = RecordFile(path, layout, world.scenario.fleet.num_devices)
-        self._engine = open_inner(world, path)
+        # The file is mapped, so its name can go at once: a killed actor leaves nothing behind.
+        with tempfile.TemporaryDirectory(prefix="edgelearn-ray-") as folder:
+            path = Path(folder) / "devices.bin"
+            RecordFile.create(path, layout, world.scenario.fleet.num_devices)
+            self._file = RecordFile(path, layout, world.scenario.fleet.num_devices)
+            self._engine = open_inner(world, path)
 
     def run(
         self, jobs: list[Job], params: NDArray[np.float32], size: int, records: Records

@@ -21,7 +21,7 @@ STREAMS = ("class-incremental", "task-incremental", "domain-incremental")
 ORDERS = ("shared", "per-device")
 TRANSFORMS = ("permute", "rotate")
 OPTIMIZERS = ("sgd", "adam", "adamw")
-ENGINES = ("auto", "reference", "pool", "native", "ray")
+ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
 FEDERATIONS = ("auto", "faithful", "fused")
 
 
