@@ -49,8 +49,8 @@ def why_not(world: World, learner: Learner) -> str | None:
 
 
 def rows_in_cache(num_params: int) -> int:
-    """Return how many networks half of the second-level cache holds."""
-    return min(_cache_bytes() // 2 // (4 * num_params), _MOST)
+    """Return how many networks the second-level cache holds; half as many were slower."""
+    return min(_cache_bytes() // (4 * num_params), _MOST)
 
 
 def _cache_bytes() -> int:

@@ -255,7 +255,7 @@ class Engine(Protocol):
         Args:
             cohort: K devices.
             params: Global parameters [P].
-            updates: Where the updates go [K, P], float32.
+            updates: Where the updates go [K, P], float32; zeros for devices that failed.
         """
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
@@ -279,6 +279,7 @@ def fit_by_jobs(
     done = CohortDone.empty(cohort)
     for result in run(cohort.jobs(range(len(cohort)), costs), params, updates):
         done.take(result)
+    updates[list(done.errors)] = 0
     done.norms[:] = torch.linalg.vector_norm(updates, dim=1).numpy()
     return done
 
