@@ -38,6 +38,9 @@ class Options:
         return QUICK_RESULTS if self.quick else RESULTS
 
 
+Run = Callable[[], dict[str, Any]]
+
+
 def say(text: str) -> None:
     """Report progress."""
     print(text, file=sys.stderr, flush=True)
@@ -57,7 +60,7 @@ def write(part: str, result: Mapping[str, Any], folder: Path) -> None:
 
 def repeat(
     part: str,
-    runs: Mapping[str, Callable[[], dict[str, Any]]],
+    runs: Mapping[str, Run] | Callable[[int], Mapping[str, Run]],
     options: Options,
     *,
     config: Mapping[str, Any],
@@ -68,6 +71,13 @@ def repeat(
     Every other turn goes backwards, so that a drift of the machine favours nobody. A run that
     fails is not asked again; its error is kept. Turns of an interrupted invocation with the same
     configuration on the same machine and commit are kept.
+
+    Args:
+        part: Name of the result.
+        runs: What takes turns, by name; or that as a function of the turn, from 0.
+        options: How to measure.
+        config: What defines the measurement.
+        repetitions: Turns, if not those of the options.
     """
     count = repetitions or options.repetitions
     head = {"part": part, "quick": options.quick, **machine.describe(), "config": dict(config)}
@@ -78,10 +88,11 @@ def repeat(
     for turn in range(len(result["turns"]), count):
         found: dict[str, Any] = {}
         before = machine.load()
-        for name in list(runs) if turn % 2 == 0 else list(reversed(runs)):
+        these = runs(turn) if callable(runs) else runs
+        for name in list(these) if turn % 2 == 0 else list(reversed(these)):
             if name in result["skipped"]:
                 continue
-            answer = runs[name]()
+            answer = these[name]()
             if "error" in answer:
                 result["skipped"][name] = answer["error"]
                 say(f"{part}: {name} failed and is left out: {answer['error']}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness.paths import DATA, ROOT, WORKLOADS
+from harness.paths import DATA, WORKLOADS
 from torch import nn
 
 from edgelearn.federated.server import seeded
@@ -26,6 +28,7 @@ from edgelearn.seeds import derive
 from flwr.serverapp.strategy.strategy_utils import sample_nodes  # isort: skip
 
 _ROUNDS = 1000
+_CHECKED = 20  # rounds whose cohorts a child compares with these
 
 
 class _Nodes:
@@ -38,8 +41,8 @@ class _Nodes:
         return self._nodes
 
 
-def scenario(workload: str, **overrides: Any) -> Scenario:
-    """Load a workload."""
+def scenario(workload: str, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """Load a workload, with some values replaced."""
     return load(WORKLOADS / f"{workload}.toml", overrides)
 
 
@@ -57,20 +60,59 @@ def cohorts(spec: Scenario, rounds: int = _ROUNDS) -> np.ndarray:
     return np.array(found, np.int32)
 
 
-@cache
-def world_of(workload: str) -> World:
-    """Build a workload's world."""
-    return build(scenario(workload))
+@lru_cache(maxsize=1)
+def _built(spec: Scenario) -> World:
+    return build(spec)
 
 
-def dump(workload: str) -> Path:
+def world_of(workload: str, overrides: Mapping[str, Any] | None = None) -> World:
+    """Build a workload's world; the last one is kept."""
+    return _built(scenario(workload, overrides))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the parent knows of a workload, to make figures of what a child timed.
+
+    Attributes:
+        sizes: Samples of each device in the experience that is timed.
+        cohorts: Whom the first rounds ask.
+        flops_per_sample: See `train_flops`.
+        parameters: Size of the network.
+    """
+
+    sizes: list[int]
+    cohorts: list[list[int]]
+    flops_per_sample: float
+    parameters: int
+
+
+_FACTS: dict[tuple[str, int], Facts] = {}
+
+
+def facts(workload: str, overrides: Mapping[str, Any] | None = None, position: int = 0) -> Facts:
+    """Return the facts of a workload at a position of its stream."""
+    spec = scenario(workload, overrides)
+    if (spec.digest, position) not in _FACTS:
+        made = _built(spec)
+        devices = range(spec.fleet.num_devices)
+        _FACTS[spec.digest, position] = Facts(
+            [len(made.train_samples(device, position)) for device in devices],
+            cohorts(spec, _CHECKED).tolist(),
+            train_flops(made),
+            made.model().layout.size,
+        )
+    return _FACTS[spec.digest, position]
+
+
+def dump(workload: str, overrides: Mapping[str, Any] | None = None) -> Path:
     """Write a workload down, unless this very one has been; return the file."""
-    spec = scenario(workload)
+    spec = scenario(workload, overrides)
     path = DATA / f"{workload}-{spec.digest}.npz"
     if path.is_file():
         return path
     DATA.mkdir(parents=True, exist_ok=True)
-    made = world_of(workload)
+    made = _built(spec)
     model, encoding = made.model(), made.train.encoding
     sizes = [len(part) for part in made.train_parts]
     if min(sizes) == 0:
@@ -78,7 +120,7 @@ def dump(workload: str) -> Path:
     facts = {
         "workload": workload,
         "model": spec.model.name,
-        "model_args": {k: v for k, v in spec.as_dict()["model"]["args"].items()},
+        "model_args": spec.as_dict()["model"]["args"],
         "input_shape": made.sample_shape,
         "num_classes": made.num_classes,
         "lr": spec.client.lr,
@@ -88,6 +130,8 @@ def dump(workload: str) -> Path:
         "mean": encoding.mean,
         "std": encoding.std,
         "seed": spec.seed,
+        "rounds_per_experience": spec.stream.rounds_per_experience,
+        "num_experiences": spec.stream.num_experiences,
         "flops_per_sample": train_flops(made),
     }
     initial = model.layout.views(model.initial())
@@ -97,6 +141,8 @@ def dump(workload: str) -> Path:
         facts=json.dumps(facts),
         x=made.train.x.numpy(),
         y=made.train.y.numpy(),
+        x_test=made.test.x.numpy(),
+        y_test=made.test.y.numpy(),
         ids=np.concatenate(made.train_parts),
         sizes=np.array(sizes),
         cohorts=cohorts(spec),
@@ -125,8 +171,3 @@ def train_flops(made: World) -> float:
     with torch.no_grad():
         module(torch.zeros(1, *made.sample_shape))
     return 3 * sum(found) - found[0]
-
-
-def relative(path: Path) -> str:
-    """Return a path as it reads in a result."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,8 +29,6 @@ _ROUNDS = {
     "w3": {FLOWER: 5, PFL: 25},
     "flute": {FLOWER: 8, PFL: 40},
 }
-_CHECKED_COHORTS = 20
-
 
 def federations() -> tuple[str, ...]:
     """Return the ways in which this edgelearn can federate."""
@@ -44,40 +41,75 @@ def name_of(tier: str, federation: str) -> str:
     return f"edgelearn {tier}, {federation}"
 
 
-def ours(workload: str, tier: str, federation: str, *, budget_s: float, rounds: int) -> dict:
-    """Run edgelearn on a workload."""
-    path = world.dump(workload)
-    with np.load(path) as stored:
-        sizes, cohorts = stored["sizes"].tolist(), stored["cohorts"][:_CHECKED_COHORTS].tolist()
+def best() -> tuple[str, str]:
+    """Return the fastest tier and federation that this edgelearn offers."""
+    return ("native" if "native" in ENGINES else "pool"), federations()[-1]
+
+
+def ours(
+    workload: str,
+    tier: str,
+    federation: str,
+    *,
+    budget_s: float,
+    rounds: int,
+    overrides: Mapping[str, Any] | None = None,
+    skip: int = 1,
+    position: int = 0,
+    interval_s: float = 0.3,
+) -> dict[str, Any]:
+    """Run edgelearn on a workload.
+
+    Args:
+        workload: Its name.
+        tier: The engine.
+        federation: "faithful" or "fused".
+        budget_s: Least seconds of rounds that count.
+        rounds: Least number of rounds that count.
+        overrides: Values of the scenario to replace.
+        skip: Rounds before those that count.
+        position: Position in the stream of the rounds that count.
+        interval_s: Seconds between looks at the memory.
+    """
+    facts = world.facts(workload, overrides, position)
     asked = {
         "scenario": str(WORKLOADS / f"{workload}.toml"),
+        "overrides": dict(overrides or {}),
         "engine": tier,
         "federation": federation,
         "budget_s": budget_s,
         "min_rounds": rounds,
-        "sizes": sizes,
-        "cohorts": cohorts,
-        "flops_per_sample": world.train_flops(world.world_of(workload)),
+        "skip": skip,
+        "sizes": facts.sizes,
+        "cohorts": facts.cohorts,
+        "flops_per_sample": facts.flops_per_sample,
     }
     command = [sys.executable, str(CHILDREN / "edgelearn_run.py")]
-    return run_child(command, asked, environment=own_environment()).as_dict()
+    ended = run_child(
+        command,
+        asked,
+        environment=own_environment(),
+        interval_s=interval_s,
+        gentle=interval_s >= 0.3,
+    )
+    return ended.as_dict()
 
 
-def naive(workload: str, *, budget_s: float, rounds: int) -> dict:
+def naive(workload: str, *, budget_s: float, rounds: int) -> dict[str, Any]:
     """Run the naive loop, in edgelearn's own environment."""
     asked = {"data": str(world.dump(workload)), "budget_s": budget_s, "min_rounds": rounds}
     command = [sys.executable, str(PEERS / "naive.py")]
     return run_child(command, asked, environment=peer_environment()).as_dict()
 
 
-def flower(workload: str, *, rounds: int) -> dict:
+def flower(workload: str, *, rounds: int) -> dict[str, Any]:
     """Run Flower's simulation."""
     asked = {"data": str(world.dump(workload)), "rounds": rounds + 1}
     command = [str(peers.environment("flower") / "python"), str(PEERS / "flower_ray.py")]
     return run_child(command, asked, environment=peer_environment()).as_dict()
 
 
-def pfl(workload: str, *, rounds: int) -> dict:
+def pfl(workload: str, *, rounds: int) -> dict[str, Any]:
     """Run pfl-research with two workers."""
     asked = {"data": str(world.dump(workload)), "rounds": rounds + 1}
     torchrun = [str(peers.environment("pfl") / "python"), "-m", "torch.distributed.run"]
@@ -86,7 +118,7 @@ def pfl(workload: str, *, rounds: int) -> dict:
     return run_child(command, asked, environment=environment).as_dict()
 
 
-def gemm(*, seconds: float) -> dict:
+def gemm(*, seconds: float) -> dict[str, Any]:
     """Measure matrix multiplication."""
     command = [sys.executable, str(CHILDREN / "gemm.py")]
     asked = {"seconds": seconds, "size": 2048}
@@ -217,8 +249,3 @@ def _row(result: dict[str, Any], name: str) -> str:
 
 def _digits(value: float) -> int:
     return 0 if value >= 100 else 1
-
-
-def cores() -> int:
-    """Return the cores that engines have."""
-    return os.cpu_count() or 1

@@ -29,9 +29,8 @@ def tree_cpu_s(root=None):
             used = process.cpu_times()
         except psutil.Error:
             continue
-        total += used.user + used.system
-    used = me.cpu_times()
-    return total + used.children_user + used.children_system
+        total += used.user + used.system + used.children_user + used.children_system
+    return total
 
 
 class Clock:

@@ -23,8 +23,11 @@ class Work:
             self.sizes = stored["sizes"]
             ids = torch.from_numpy(stored["ids"].astype(np.int64))
             names = [key for key in stored.files if key.startswith("init/")]
+            self.x_test = torch.from_numpy(stored["x_test"]).float()
+            self.y_test = torch.from_numpy(stored["y_test"])
             self.init = {key[5:]: torch.from_numpy(stored[key]) for key in names}
-        self.x.mul_(facts["scale"] / facts["std"]).sub_(facts["mean"] / facts["std"])
+        for x in (self.x, self.x_test):
+            x.mul_(facts["scale"] / facts["std"]).sub_(facts["mean"] / facts["std"])
         self.parts = list(torch.split(ids, self.sizes.tolist()))
         self.facts = facts
         self.lr, self.batch_size = facts["lr"], facts["batch_size"]
