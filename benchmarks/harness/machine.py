@@ -43,6 +43,14 @@ def load() -> float:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """Return the last commit that changed code, and whether there are changes beside it."""
+    code = ["--", "edgelearn", "benchmarks", ":!benchmarks/results"]
+    git = ["git", "-C", str(ROOT)]
+    last = subprocess.run(
+        [*git, "log", "-1", "--format=%h", "--abbrev=10", *code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code], check=False)
+    return last.stdout.strip() + ("" if clean.returncode == 0 else "-changed")

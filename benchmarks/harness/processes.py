@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from harness.paths import BENCH, PEERS, ROOT
 
 _SHARE = 20  # the watcher sleeps this many times as long as a sample took: at most 5 % of a core

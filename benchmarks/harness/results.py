@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelearn.files import write_atomic
 from harness import machine
 from harness.paths import QUICK_RESULTS, RESULTS
-
-from edgelearn.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,11 @@ Run = Callable[[], dict[str, Any]]
 def say(text: str) -> None:
     """Report progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+def sentence(text: str) -> str:
+    """Return a text that begins with a capital."""
+    return text[:1].upper() + text[1:]
 
 
 def read(part: str, folder: Path) -> dict[str, Any] | None:

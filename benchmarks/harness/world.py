@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness.paths import DATA, WORKLOADS
 from torch import nn
 
 from edgelearn.federated.server import seeded
@@ -24,11 +23,13 @@ from edgelearn.scenario.load import load
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World, build
 from edgelearn.seeds import derive
+from harness.paths import DATA, WORKLOADS
 
 from flwr.serverapp.strategy.strategy_utils import sample_nodes  # isort: skip
 
 _ROUNDS = 1000
 _CHECKED = 20  # rounds whose cohorts a child compares with these
+_FORMAT = 2  # of the file; another number makes it anew
 
 
 class _Nodes:
@@ -108,7 +109,7 @@ def facts(workload: str, overrides: Mapping[str, Any] | None = None, position: i
 def dump(workload: str, overrides: Mapping[str, Any] | None = None) -> Path:
     """Write a workload down, unless this very one has been; return the file."""
     spec = scenario(workload, overrides)
-    path = DATA / f"{workload}-{spec.digest}.npz"
+    path = DATA / f"{workload}-{spec.digest}-{_FORMAT}.npz"
     if path.is_file():
         return path
     DATA.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ _ROUNDS = {
     "flute": {FLOWER: 8, PFL: 40},
 }
 
+
 def federations() -> tuple[str, ...]:
     """Return the ways in which this edgelearn can federate."""
     known = inspect.signature(edgelearn.simulate).parameters
@@ -188,24 +189,27 @@ TITLES = {
 }
 
 
-def section(workload: str, result: dict[str, Any]) -> str:
+def section(result: dict[str, Any]) -> str:
     """Return a workload's table."""
     config = result["config"]
     spec = config["workload"]
     peak = results.median(results.values(result, GEMM, "gflops")) or float("nan")
     lines = [
-        f"{spec['title']}. {spec['fleet']['num_devices']:,} devices, cohort "
-        f"{spec['fleet']['cohort']}, {config['mean_samples']:.1f} samples a device on average, "
-        f"batch {spec['client']['batch_size']}, learning rate {spec['client']['lr']:g}, 1 epoch, "
-        f"no evaluation. {config['flops_per_sample'] / 1e6:.3g} MFLOP a sample (forward and "
-        f"backward); sgemm peak of the machine in the same turns {peak:.0f} GF/s.",
+        (
+            f"{results.sentence(spec['title'])}. {spec['fleet']['num_devices']:,} devices, cohort "
+            f"{spec['fleet']['cohort']}, {config['mean_samples']:.1f} samples a device on average, "
+            f"batch {spec['client']['batch_size']}, learning rate {spec['client']['lr']:g}, 1 "
+            f"epoch, no evaluation. {config['flops_per_sample'] / 1e6:.3g} MFLOP a sample (forward "
+            f"and backward); sgemm peak of the machine in the same turns {peak:.0f} GF/s."
+        ),
         "",
-        "| engine | client updates/s | x Flower/Ray (range) | x pfl | CPU ms per update "
-        "| % of sgemm peak | peak memory, MiB | start to end of round 1, s |",
+        (
+            "| engine | client updates/s | x Flower/Ray (range) | x pfl | CPU ms per update "
+            "| % of sgemm peak | peak memory, MiB | start to end of round 1, s |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in engines_of(result):
-        lines.append(_row(result, name))
+    lines += [_row(result, name) for name in engines_of(result)]
     notes = [f"{tier} is not in this edgelearn" for tier in config["missing_tiers"]]
     notes += [f"{n} was left out: `{_last(e)}`" for n, e in result["skipped"].items()]
     other = [
@@ -220,7 +224,10 @@ def section(workload: str, result: dict[str, Any]) -> str:
 
 
 def _last(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1][:160].replace("`", "'")
+    """Return the line of an error that says most."""
+    lines = [line for line in text.splitlines() if line.strip(" =-")] or [""]
+    telling = [line for line in lines if "Error" in line and "File " not in line]
+    return (telling or lines)[-1].strip()[:160].replace("`", "'")
 
 
 def _row(result: dict[str, Any], name: str) -> str:

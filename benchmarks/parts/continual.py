@@ -11,9 +11,9 @@ from harness import peers, results, world
 from harness.paths import CHILDREN, PEERS, WORKLOADS
 from harness.processes import own_environment, peer_environment, run_child
 from harness.results import Options
-from parts import comparison
 
 from edgelearn.scenario.spec import ENGINES
+from parts import comparison
 
 WORKLOAD = "continual"
 AVALANCHE = "Avalanche per device"
@@ -91,17 +91,21 @@ def section(result: dict[str, Any]) -> str:
     """Return the table."""
     spec = result["config"]["workload"]
     lines = [
-        f"{spec['title']}; cohort {spec['fleet']['cohort']}, {spec['stream']['num_experiences']} "
-        f"experiences of {spec['stream']['rounds_per_experience']} rounds, batch "
-        f"{spec['client']['batch_size']}, learning rate {spec['client']['lr']:g}; replay keeps "
-        f"{CAPACITY} samples a device. The same devices, samples, cohorts and initial parameters; "
-        "a seed each turn. CPU from the second round to the last, consolidation included, imports "
-        "and data left out. Accuracy of the final float model on all 10,000 test images, "
-        "mean and sample standard deviation over "
-        f"{len(result['turns'])} seed(s).",
+        (
+            f"{results.sentence(spec['title'])}; cohort {spec['fleet']['cohort']}, "
+            f"{spec['stream']['num_experiences']} experiences of "
+            f"{spec['stream']['rounds_per_experience']} rounds, batch "
+            f"{spec['client']['batch_size']}, learning rate {spec['client']['lr']:g}; replay keeps "
+            f"{CAPACITY} samples a device. The same devices, samples, cohorts and initial "
+            "parameters; a seed each turn. CPU from the second round to the last, consolidation "
+            "included, imports and data left out. Accuracy of the final float model on all 10,000 "
+            f"test images, mean and sample standard deviation over {len(result['turns'])} seed(s)."
+        ),
         "",
-        "| method | engine | CPU s | wall s | x less CPU than Avalanche (range) | accuracy, % "
-        "| peak memory, MiB |",
+        (
+            "| method | engine | CPU s | wall s | x less CPU than Avalanche (range) | accuracy, % "
+            "| peak memory, MiB |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
@@ -113,16 +117,20 @@ def section(result: dict[str, Any]) -> str:
             times = f"{found[0]:.3g} ({found[1]:.3g} - {found[2]:.3g})" if found else ""
             accuracies = [100 * a for a in results.values(result, name, "accuracy")]
             spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+            cpu, wall, peak = (
+                results.median(results.values(result, name, field))
+                for field in ("cpu_s", "wall_s", "peak_mib")
+            )
             lines.append(
-                f"| {method} | {engine} | {results.median(results.values(result, name, 'cpu_s')):.2f}"
-                f" | {results.median(results.values(result, name, 'wall_s')):.2f} | {times} "
-                f"| {statistics.mean(accuracies):.1f}{spread} "
-                f"| {results.median(results.values(result, name, 'peak_mib')):,.0f} |"
+                f"| {method} | {engine} | {cpu:.2f} | {wall:.2f} | {times} "
+                f"| {statistics.mean(accuracies):.1f}{spread} | {peak:,.0f} |"
             )
     lines += [
         "",
-        "EWC does not help when classes are incremental, in neither code; it is here for its cost. "
-        f"Its strengths are {STRENGTH:g} (ours, half the quadratic, per-example Fisher) and "
-        f"{AVALANCHE_LAMBDA:g} (Avalanche's, Fisher of batch means).",
+        (
+            "EWC does not help when classes are incremental, in neither code; it is here for its "
+            f"cost. Its strengths are {STRENGTH:g} (ours, half the quadratic, per-example Fisher) "
+            f"and {AVALANCHE_LAMBDA:g} (Avalanche's, Fisher of batch means)."
+        ),
     ]
     return "\n".join(lines)

@@ -7,9 +7,9 @@ from typing import Any
 
 from harness import results, world
 from harness.results import Options
-from parts import comparison
 
 from edgelearn.scenario.spec import ENGINES
+from parts import comparison
 
 WORKLOAD = "w2"
 OVERRIDES = {"server.args.fraction_evaluate": 1.0, "evaluate.every_rounds": 1}
@@ -45,9 +45,11 @@ def section(result: dict[str, Any]) -> str:
     """Return the table."""
     devices = result["config"]["workload"]["fleet"]["num_devices"]
     lines = [
-        f"W2 with an evaluation of all {devices:,} devices (int8 and float model, on their own "
-        "test samples) before the first round and after each round. Runs take "
-        f"{len(result['turns'])} turns.",
+        (
+            f"W2 with an evaluation of all {devices:,} devices (int8 and float model, on their own "
+            "test samples) before the first round and after each round. Runs take "
+            f"{len(result['turns'])} turns."
+        ),
         "",
         "| engine | round without, ms | round with, ms | ms per device evaluated |",
         "|---|---|---|---|",

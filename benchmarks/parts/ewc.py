@@ -11,9 +11,9 @@ from harness import results, world
 from harness.paths import CHILDREN, WORKLOADS
 from harness.processes import own_environment, run_child
 from harness.results import Options
-from parts import comparison
 
 from edgelearn.scenario.spec import ENGINES
+from parts import comparison
 
 WORKLOAD = "ewc"
 FISHER = "Fisher"
@@ -48,11 +48,12 @@ def measure(options: Options) -> dict[str, Any]:
         "workload": spec.as_dict(),
         "tiers": tiers,
         "federation": way,
-        "epochs": EPOCHS,
+        "epochs": list(EPOCHS),
         "steps_per_epoch": sum(steps) / len(steps),
         "command": "python benchmarks/engines.py --only ewc",
     }
-    return results.repeat(WORKLOAD, runs, options, config={**config, "epochs": list(EPOCHS)})
+    count = 1 if options.quick else min(3, options.repetitions)
+    return results.repeat(WORKLOAD, runs, options, config=config, repetitions=count)
 
 
 def _name(tier: str, strategy: str, epochs: int) -> str:
@@ -93,9 +94,11 @@ def overhead(result: dict[str, Any], tier: str) -> float | None:
 def section(result: dict[str, Any]) -> str:
     """Return the tables."""
     lines = [
-        f"{result['config']['workload']['title'].capitalize()}. CPU time; steps from the "
-        f"difference between {EPOCHS[1]} and {EPOCHS[0]} epochs, the rest of a participation "
-        "(messages, reading and writing the device's Fisher and anchor) beside it.",
+        (
+            f"{results.sentence(result['config']['workload']['title'])}. CPU time; steps from the "
+            f"difference between {EPOCHS[1]} and {EPOCHS[0]} epochs, the rest of a participation "
+            "(messages, reading and writing the device's Fisher and anchor) beside it."
+        ),
         "",
         "| engine | step, naive, us | step, EWC, us | EWC adds | rest, naive, ms | rest, EWC, ms |",
         "|---|---|---|---|---|---|",

@@ -7,9 +7,9 @@ from typing import Any
 
 from harness import results, world
 from harness.results import Options
-from parts import comparison
 
 from edgelearn.scenario.spec import ENGINES
+from parts import comparison
 
 WORKLOAD = "memory"
 _ROUNDS = 3
@@ -44,12 +44,16 @@ def measure(options: Options) -> dict[str, Any]:
 def section(result: dict[str, Any]) -> str:
     """Return the table."""
     lines = [
-        f"{result['config']['workload']['title']}; {result['config']['rounds']} rounds, after the "
-        "second of which all devices take the experience into their memory. A simulated device's "
-        "memory is a list of sample numbers; the samples are there once.",
+        (
+            f"{result['config']['workload']['title']}; {result['config']['rounds']} rounds, after "
+            "the second of which all devices take the experience into their memory. A simulated "
+            "device's memory is a list of sample numbers; the samples are there once."
+        ),
         "",
-        "| engine | peak memory of the process tree, MiB (range) | state file, MiB | start to end "
-        "of round 1, s |",
+        (
+            "| engine | peak memory of the process tree, MiB (range) | state file, MiB | start to "
+            "end of round 1, s |"
+        ),
         "|---|---|---|---|",
     ]
     for name in dict.fromkeys(n for turn in result["turns"] for n in turn["runs"]):

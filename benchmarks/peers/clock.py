@@ -3,22 +3,22 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import psutil
 
 
 def argument():
     """Return what the parent asks for."""
-    with open(os.environ["BENCH_ARGUMENT"]) as file:
-        return json.load(file)
+    return json.loads(Path(os.environ["BENCH_ARGUMENT"]).read_text())
 
 
 def finish(result):
     """Hand a result to the parent."""
-    path = os.environ["BENCH_RESULT"]
-    with open(path + ".partial", "w") as file:
-        json.dump(result, file)
-    os.replace(path + ".partial", path)
+    path = Path(os.environ["BENCH_RESULT"])
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result))
+    partial.replace(path)
 
 
 def tree_cpu_s(root=None):
@@ -77,7 +77,7 @@ def figures(clock, cpu_s, samples, cohort, mean_samples, flops_per_sample):
     fleet's mean number of samples, so that the luck of which rounds were counted has no effect.
     """
     walls = clock.walls
-    rates = sorted(n / wall for n, wall in zip(samples, walls))
+    rates = sorted(n / wall for n, wall in zip(samples, walls, strict=True))
     middle = len(rates) // 2
     rate = rates[middle] if len(rates) % 2 else (rates[middle - 1] + rates[middle]) / 2
     ordered = sorted(walls)

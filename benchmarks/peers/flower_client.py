@@ -19,7 +19,7 @@ def work():
 
 
 @app.train()
-def fit(message, context):
+def fit(message, _context):
     """Train on the samples of the device that the server names; all engines ask the same ones."""
     torch.set_num_threads(1)
     data, model = work(), work().model()

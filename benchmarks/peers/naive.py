@@ -1,4 +1,4 @@
-"""The loop that one writes first: a model, a DataLoader and an optimizer per device, one process."""
+"""The loop that one writes first: model, DataLoader and optimizer per device, in one process."""
 
 import torch
 from clock import Clock, argument, figures, finish
@@ -29,9 +29,7 @@ def main():
         done = clock.round_done()
     used = clock.cpu_s()
     samples = work.samples(2, len(clock.walls))
-    found = figures(
-        clock, used, samples, work.cohort, work.mean_samples, work.flops_per_sample
-    )
+    found = figures(clock, used, samples, work.cohort, work.mean_samples, work.flops_per_sample)
     finish({**found, "first_loss": loss})
 
 

@@ -25,7 +25,7 @@ class Timed(TrainingProcessCallback):
         self.clock = Clock(os.getppid(), budget_s=0.0)  # the tree hangs below torchrun's agent
         self.rounds, self.seen, self.used = rounds, 0, 0.0
 
-    def on_train_begin(self, *, model):
+    def on_train_begin(self, *, model):  # noqa: ARG002 - pfl passes it by name
         """Start the clock."""
         self.clock.start()
         return Metrics()
@@ -46,7 +46,7 @@ def main():
     torch.manual_seed(work.facts["seed"])
     module = work.model()
     module.loss = lambda x, y: (module.train(), F.cross_entropy(module(x), y))[1]
-    module.metrics = lambda x, y: {}
+    module.metrics = lambda *_: {}
     cohorts = range(1, asked["rounds"] + 2)
     users = itertools.cycle([device for r in cohorts for device in work.devices(r)])
 
