@@ -18,6 +18,7 @@ from parts import comparison
 WORKLOAD = "continual"
 AVALANCHE = "Avalanche per device"
 CAPACITY = 200
+SEEDS = 3
 # Ours is (lambda / 2) F with per-example gradients; Avalanche's is lambda F with F from the mean
 # gradient of a batch of 10, so about a tenth: its lambda for the same pull is five times ours.
 STRENGTH, AVALANCHE_LAMBDA = 10.0, 50.0
@@ -50,7 +51,7 @@ def measure(options: Options) -> dict[str, Any]:
         "peers": {"avalanche": peers.versions("avalanche")} if options.peers else {},
         "command": "python benchmarks/engines.py --only continual",
     }
-    count = 1 if options.quick else max(3, options.repetitions)
+    count = 1 if options.quick else SEEDS
     return results.repeat(WORKLOAD, runs, options, config=config, repetitions=count)
 
 

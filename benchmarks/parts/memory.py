@@ -38,7 +38,8 @@ def measure(options: Options) -> dict[str, Any]:
         "rounds": _ROUNDS,
         "command": "python benchmarks/engines.py --only memory",
     }
-    return results.repeat(WORKLOAD, runs, options, config=config)
+    count = 1 if options.quick else min(3, options.repetitions)
+    return results.repeat(WORKLOAD, runs, options, config=config, repetitions=count)
 
 
 def section(result: dict[str, Any]) -> str:
