@@ -218,9 +218,19 @@ def section(result: dict[str, Any]) -> str:
         if any(run.get("same_cohorts") is False for run in results.runs_of(result, n))
     ]
     notes += [f"{n} asked other devices than the rest" for n in other]
+    notes += [f"{n} ran on the {tier} engine" for n, tier in _elsewhere(result)]
     if notes:
-        lines += ["", "Not here: " + "; ".join(notes) + "."]
+        lines += ["", "Notes: " + "; ".join(notes) + "."]
     return "\n".join(lines)
+
+
+def _elsewhere(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield engines that the planner replaced by another one, and that one."""
+    for name in engines_of(result):
+        tiers = {run["engine"]["tier"] for run in results.runs_of(result, name) if "engine" in run}
+        for tier in tiers:
+            if not name.startswith(f"edgelearn {tier},"):
+                yield name, tier
 
 
 def _last(text: str) -> str:

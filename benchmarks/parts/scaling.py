@@ -167,7 +167,7 @@ def plot(result: dict[str, Any], path: Any) -> None:
                 continue
             place.plot(fit["x"], fit["slope"] * fit["x"] + fit["intercept"], color="0.7")
             place.plot(fit["x"], fit["y"], "o", color="C0")
-            place.set_ylim(bottom=0)
+            place.set_ylim(0, 1.1 * max(fit["y"]))
             place.set_xlabel(axis)
         row[0].set_ylabel(label)
     figure.suptitle(result["config"]["engine"])
