@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types golden bench e2e docs clean
+.PHONY: help setup demo test lint types golden bench bench-engines e2e docs clean
 
 help: ## Print this help
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create .venv and install edgelearn with all extras
 
@@ -48,6 +48,9 @@ golden: $(READY) ## Rewrite the golden runs (a change of results: say why in CHA
 
 bench: $(READY) ## Measure, and rewrite docs/benchmarks.md
 	$(BIN)/python benchmarks/demo.py
+
+bench-engines: $(READY) ## Measure the engines beside Flower, pfl and Avalanche (half an hour)
+	$(BIN)/python benchmarks/engines.py
 
 e2e: $(READY) ## Run only the end-to-end tests (real processes, real Flower server)
 	$(BIN)/python -m pytest tests/e2e
