@@ -22,7 +22,7 @@ from edgelearn.federated import messages as wire
 from edgelearn.federated.exchange import Counts, Evaluated, Fitted, Outcome, Run, Traffic
 from edgelearn.federated.record import Line
 
-from flwr.app import Message, RecordDict  # isort: skip
+from flwr.app import ArrayRecord, Message, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
 from flwr.serverapp import strategy as flower  # isort: skip
 from flwr.serverapp.strategy import Strategy  # isort: skip
@@ -36,6 +36,9 @@ AVERAGING = (
     flower.FedProx,
     flower.FedYogi,
 )
+
+# Of these the average of one reply is that reply, and the server does nothing else.
+_PLAIN = (flower.FedAvg, flower.FedProx)
 
 Failures = Mapping[int, tuple[Outcome, str]]
 
@@ -120,6 +123,7 @@ class ByCohort:
 
     def __init__(self, run: Run, fleet: CohortFleet) -> None:
         self._run, self._fleet = run, fleet
+        self._is_plain = type(run.strategy) in _PLAIN
         self.traffic = Traffic(run.scenario.fleet.num_devices)
         metrics = {name: kind() for name, kind in egress.FIT_METRICS.items()}
         # On the wire a model travels tensor by tensor; here it is one array, which is quicker.
@@ -146,32 +150,42 @@ class ByCohort:
         limit = run.norm_limit(params)
         outcomes: dict[int, Outcome] = {}
         problems: list[Line] = []
-        total, weighed, examples, losses = torch.zeros_like(params), 0, 0, 0.0
+        total, weighed, losses = torch.zeros_like(params), 0, 0.0
         for found in self._fleet.fit(asked):
             fates, failures = _admit(found, limit)
             problems += _problems(found.devices, failures)
             outcomes |= zip(found.devices.tolist(), fates, strict=True)
             self._book(asked, found.devices, found.failures)
-            counted = np.array([fate in (Outcome.OK, Outcome.IDLE) for fate in fates])
-            examples += int(found.num_examples[counted].sum())
-            losses += float((found.loss * found.num_examples)[counted].sum())
-            weights = np.where([fate is Outcome.OK for fate in fates], found.num_examples, 0)
+            weights = found.num_examples.astype(np.float64)
+            weights[list(failures)] = 0
             weighed += int(weights.sum())
-            total += self._fleet.mean(found.updates, weights.astype(np.float64))
-        loss = losses / examples if examples else None
+            losses += float((found.loss * weights).sum())
+            total += self._fleet.mean(found.updates, weights)
+        loss = losses / weighed if weighed else None
         if weighed:
             mean = params + total / weighed
-            metrics = {"num-examples": weighed, "loss": loss or 0.0, "num-steps": 0}
-            reply = wire.reply_content(metrics, wire.encode_vector(mean))
-            asking = Message(content, int(asked.devices[0]) + 1, wire.FIT)
-            with run.hook("aggregate_train", server_round, draws=False):
-                arrays, _ = run.strategy.aggregate_train(
-                    server_round, [Message(reply, reply_to=asking)]
-                )
-            if arrays is not None:
-                params = run.accept(wire.decode_vector(arrays), server_round)
+            if self._is_plain:
+                params = run.accept(mean, server_round)
+            else:
+                params = self._aggregate(asked, content, mean, weighed, loss or 0.0)
         exchange.refuse_failure(outcomes, problems, server_round)
         return Fitted(params, outcomes, problems, loss)
+
+    def _aggregate(
+        self, asked: Asked, content: RecordDict, mean: Tensor, num_examples: int, loss: float
+    ) -> Tensor:
+        """Let the strategy make its step from one reply, the cohort's mean [P]."""
+        run, server_round = self._run, asked.server_round
+        metrics = {"num-examples": num_examples, "loss": loss, "num-steps": 0}
+        reply = wire.reply_content(metrics, wire.encode_vector(mean))
+        asking = Message(content, int(asked.devices[0]) + 1, wire.FIT)
+        with run.hook("aggregate_train", server_round):
+            arrays, _ = run.strategy.aggregate_train(
+                server_round, [Message(reply, reply_to=asking)]
+            )
+        if arrays is None:
+            return asked.params
+        return run.accept(wire.decode_vector(arrays), server_round)
 
     def consolidate(self, server_round: int, position: int, params: Tensor) -> list[Line]:
         """Let every device that can be reached consolidate, on the final global parameters."""
@@ -206,8 +220,8 @@ class ByCohort:
         """Let the strategy choose devices and write the instruction."""
         run = self._run
         config = run.instruction(server_round, position)
-        arrays = wire.encode_vector(params)
-        with run.hook(hook, server_round):
+        arrays = ArrayRecord() if self._is_plain else wire.encode_vector(params)
+        with run.hook(hook, server_round, samples_only=True):
             nodes, content = compat.chosen_nodes(
                 run.strategy, hook, server_round, arrays, config, self._fleet.grid
             )

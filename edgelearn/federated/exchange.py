@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ import edgelearn.federated._flwr_compat as compat
 from edgelearn.errors import EdgelearnError, RunError
 from edgelearn.federated import messages as wire
 from edgelearn.federated.record import Line
-from edgelearn.federated.server import seeded
+from edgelearn.federated.server import python_seeded, seeded
 from edgelearn.params import Layout
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.stream import Stream
@@ -186,17 +186,17 @@ class Run:
         return wire.instruction(digest=self.digest, server_round=server_round, position=position)
 
     @contextmanager
-    def hook(self, name: str, server_round: int, *, draws: bool = True) -> Iterator[None]:
+    def hook(self, name: str, server_round: int, *, samples_only: bool = False) -> Iterator[None]:
         """Seed what a hook of the strategy may draw from, and name the hook if it raises.
 
         Args:
             name: Of the hook.
             server_round: The round.
-            draws: Whether it may draw; seeding costs 50 us.
+            samples_only: Whether it is known to draw from Python's generator alone.
         """
         seed = derive(self.scenario.seed, f"server-{name}", server_round)
         try:
-            with seeded(seed) if draws else nullcontext():
+            with python_seeded(seed) if samples_only else seeded(seed):
                 yield
         except EdgelearnError:
             raise

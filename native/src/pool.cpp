@@ -2,9 +2,38 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <thread>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace edgelearn {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Waking a sleeping thread can cost more than a round of tiny networks (0.4 ms in virtual
+// machines). After a short round, threads look for the next one for a while before they sleep.
+constexpr auto kShort = std::chrono::milliseconds(2);
+constexpr auto kPatience = std::chrono::milliseconds(1);
+
+// Looks until `found()`, or until patience ends.
+template <typename Found>
+void look_out(Found&& found) {
+  const auto end = Clock::now() + kPatience;
+  while (!found() && Clock::now() < end) {
+    for (int i = 0; i < 64 && !found(); i++) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+  }
+}
+
+}  // namespace
 
 Pool& Pool::shared() {
   static std::mutex mutex;
@@ -27,7 +56,7 @@ void Pool::run(int threads, const std::function<void()>& body) {
     wanted_ = running_ = threads - 1;
     error_ = nullptr;
     for (; workers_ < wanted_; workers_++) {
-      std::thread(&Pool::work, this, round_).detach();
+      std::thread(&Pool::work, this, round_.load()).detach();
     }
     round_++;
   }
@@ -41,6 +70,11 @@ void Pool::run(int threads, const std::function<void()>& body) {
   std::unique_lock lock(mutex_);
   running_ -= wanted_;
   wanted_ = 0;
+  if (running_ != 0) {
+    lock.unlock();
+    look_out([this] { return running_ == 0; });
+    lock.lock();
+  }
   done_.wait(lock, [this] { return running_ == 0; });
   if (!error) error = error_;
   if (error) std::rethrow_exception(error);
@@ -55,6 +89,7 @@ void Pool::work(unsigned long seen) {
     wanted_--;
     const std::function<void()>& body = *body_;
     lock.unlock();
+    const auto begun = Clock::now();
     std::exception_ptr error;
     try {
       body();
@@ -64,6 +99,11 @@ void Pool::work(unsigned long seen) {
     lock.lock();
     if (error && !error_) error_ = error;
     if (--running_ == 0) done_.notify_one();
+    if (Clock::now() - begun < kShort) {
+      lock.unlock();
+      look_out([&] { return round_ != seen; });
+      lock.lock();
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Threads that wait between calls: starting some costs as much as a small round.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -25,8 +26,9 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable start_, done_;
   const std::function<void()>* body_ = nullptr;
-  unsigned long round_ = 0;
-  int workers_ = 0, wanted_ = 0, running_ = 0;
+  std::atomic<unsigned long> round_ = 0;  // read without the lock while looking out
+  std::atomic<int> running_ = 0;
+  int workers_ = 0, wanted_ = 0;
   std::exception_ptr error_;
 };
 
