@@ -66,6 +66,7 @@ def class_balanced(
     # "Full" classes were once the largest: only those ever lose samples, so that none is lost
     # means not full, and the flag need not be stored between calls.
     was_full = [len(places) < count for places, count in zip(held, seen, strict=True)]
+    sizes = [len(places) for places in held]
     draws = torch.rand((len(arriving), 2), generator=generator, dtype=torch.float64).tolist()
     for sample, label, (first, second) in zip(
         arriving.tolist(), arriving_labels.tolist(), draws, strict=True
@@ -74,20 +75,24 @@ def class_balanced(
         if free:
             place = free.pop()
             held[label].append(place)
+            sizes[label] += 1
             out[place] = sample
             continue
         if not out:
             continue
-        largest = max(range(len(held)), key=lambda c: len(held[c]))
-        size = len(held[largest])
-        for c, places in enumerate(held):
-            was_full[c] = was_full[c] or len(places) == size
+        size = max(sizes)
+        for c, count in enumerate(sizes):
+            if count == size:
+                was_full[c] = True
         if not was_full[label]:
+            largest = sizes.index(size)
             place = held[largest].pop(int(first * size))
             held[label].append(place)
+            sizes[largest] -= 1
+            sizes[label] += 1
             out[place] = sample
-        elif first * seen[label] < len(held[label]):
-            place = held[label][int(second * len(held[label]))]
+        elif first * seen[label] < sizes[label]:
+            place = held[label][int(second * sizes[label])]
             out[place] = sample
     return (
         torch.tensor(out, dtype=torch.int32),

@@ -68,7 +68,7 @@ class NativeEngine:
 
         self._world, self._num_threads, self._kernels = world, num_threads, kernels
         self._learner = make_learner(world)
-        self._rest = ReferenceEngine(world, store_path)
+        self._rest = ReferenceEngine(world, store_path, num_threads=num_threads)
         self._memories = together.open_memories(world, self._learner, store_path)
         self._plan = _plan(Stack.of(self._learner.model, world.sample_shape))
         self._data = _data(world)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import final
 
 import numpy as np
@@ -31,11 +33,24 @@ def one_thread() -> Iterator[None]:
 
 @final
 class ReferenceEngine:
-    """One workbench, one thread."""
+    """One workbench, one thread; what is not training can be shared by several."""
 
-    def __init__(self, world: World, store_path: Path) -> None:
+    def __init__(self, world: World, store_path: Path, *, num_threads: int = 1) -> None:
+        """Make ready.
+
+        Args:
+            world: The scenario's world.
+            store_path: The fleet's state.
+            num_threads: Threads that consolidate and evaluate, each at a bench of its own.
+        """
         self._world = world
-        self._bench = Workbench(world, store_path)
+        self._benches = [Workbench(world, store_path) for _ in range(num_threads)]
+        self._threads: ThreadPoolExecutor | None = None
+        if num_threads > 1:
+            # The number of threads of an operation belongs to the thread that starts it.
+            self._threads = ThreadPoolExecutor(
+                num_threads, "edgelearn", initializer=torch.set_num_threads, initargs=(1,)
+            )
 
     @property
     def name(self) -> str:
@@ -48,15 +63,32 @@ class ReferenceEngine:
         return 1
 
     def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
-        """Do all jobs, in order."""
+        """Do all jobs."""
+        cut = pieces(self._world, jobs)
+        # Training seeds torch's process-wide generator, so it stays in this thread.
+        trains = any(job.phase is Phase.FIT for job in jobs)
         with one_thread():
-            done: list[Done] = []
-            for piece in pieces(self._world, jobs):
-                if piece[0].phase is Phase.EVALUATE:
-                    done += self._bench.evaluate(piece, params)
-                else:
-                    done += [self._bench.perform(job, params, updates[job.row]) for job in piece]
-            return done
+            if self._threads is None or trains or len(cut) < 2:
+                found = [_do(self._benches[0], piece, params, updates) for piece in cut]
+            else:
+                found = self._in_threads(self._threads, cut, params, updates)
+        return [done for results in found for done in results]
+
+    def _in_threads(
+        self, threads: ThreadPoolExecutor, cut: list[list[Job]], params: Tensor, updates: Tensor
+    ) -> list[list[Done]]:
+        free = SimpleQueue[Workbench]()
+        for bench in self._benches:
+            free.put(bench)
+
+        def work(piece: list[Job]) -> list[Done]:
+            bench = free.get()
+            try:
+                return _do(bench, piece, params, updates)
+            finally:
+                free.put(bench)
+
+        return list(threads.map(work, cut))
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort, one device after another."""
@@ -72,4 +104,12 @@ class ReferenceEngine:
         return torch.zeros(rows, size)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown()
+
+
+def _do(bench: Workbench, piece: list[Job], params: Tensor, updates: Tensor) -> list[Done]:
+    if piece[0].phase is Phase.EVALUATE:
+        return bench.evaluate(piece, params)
+    return [bench.perform(job, params, updates[job.row]) for job in piece]
