@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,33 @@ class RecordFile:
             raw[:] = record[offset : offset + spec.stored_bytes]
             tensors[name] = value
         return Memory(tensors, store)
+
+    def read_all(
+        self, devices: NDArray[np.int64], slots: NDArray[np.int64], names: Iterable[str]
+    ) -> dict[str, torch.Tensor]:
+        """Copy some tensors of many devices' memories out, each as one [K, ...].
+
+        Args:
+            devices: [K].
+            slots: Where each device's memory lies [K]; that of UNWRITTEN is the initial one.
+            names: Of the tensors wanted.
+        """
+        is_written = slots != UNWRITTEN
+        records = 2 * devices + np.where(is_written, slots, 0)
+        table = self._bytes.reshape(-1, self._layout.size)
+        declared = self._layout.declaration
+        places = dict(zip(declared, self._layout.offsets, strict=True))
+        wanted = {}
+        for name in names:
+            spec, offset = declared[name], places[name]
+            value = torch.empty((len(devices), *spec.shape), dtype=spec.dtype)
+            if value.numel():
+                raw = value.view(len(devices), -1).view(torch.uint8).numpy()
+                raw[:] = table[records, offset : offset + spec.stored_bytes]
+            if not is_written.all():
+                value[torch.from_numpy(~is_written)] = spec.initial()
+            wanted[name] = value
+        return wanted
 
     def write(self, device: int, slot: int, memory: Memory) -> int:
         """Write a memory; return the record's checksum."""

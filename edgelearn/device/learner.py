@@ -148,8 +148,7 @@ class Learner:
         )
         delta, loss = trained.params - params, trained.loss
         if not math.isfinite(loss) or not _is_finite(delta):
-            where = f"device {data.device} in round {server_round}"
-            raise DivergenceError(f"training diverged on {where}: loss {loss}")
+            raise divergence(data.device, server_round, loss)
         self._check(trained.memory)
         new = DeviceState(trained.memory, position + 1, state.consolidated)
         metrics = {"num-examples": len(samples), "loss": loss, "num-steps": trained.num_steps}
@@ -223,6 +222,14 @@ class Learner:
                 "not an Update"
             )
         return Update(dict(update.arrays), dict(update.metrics))
+
+
+def divergence(device: int, server_round: int, loss: float) -> DivergenceError:
+    """Return the error of a device whose loss or update is not finite."""
+    # Few digits: engines may differ in the last ones.
+    return DivergenceError(
+        f"training diverged on device {device} in round {server_round}: loss {loss:.3g}"
+    )
 
 
 def _is_finite(values: Tensor) -> bool:

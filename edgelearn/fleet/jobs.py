@@ -177,6 +177,23 @@ class CohortDone:
         if done.checksum is not None:
             self.checksums[row] = done.checksum
 
+    def row(self, row: int) -> Done:
+        """Return what came of one device, as of its job."""
+        if row in self.errors:
+            return Done(row, error=self.errors[row], died=row in self.died)
+        begun, consolidated = self.progress[row].tolist()
+        return Done(
+            row,
+            {
+                "num-examples": int(self.num_examples[row]),
+                "loss": float(self.loss[row]),
+                "num-steps": int(self.num_steps[row]),
+            },
+            (begun, consolidated),
+            self.checksums.get(row),
+            int(self.num_samples[row]),
+        )
+
 
 class Engine(Protocol):
     """What executes a cohort's work."""
@@ -213,6 +230,30 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release processes and memory."""
+
+
+def cohort_of(jobs: Sequence[Job]) -> CohortFit | None:
+    """Return fit jobs as arrays; None if they are no cohort: other phases, rows or positions."""
+    first = jobs[0] if jobs else None
+    if first is None or first.phase is not Phase.FIT:
+        return None
+    shared = {(j.phase, j.server_round, j.position, j.serial, j.proximal_mu) for j in jobs}
+    if len(shared) > 1 or [job.row for job in jobs] != list(range(len(jobs))):
+        return None
+    columns = np.array(
+        [(j.device, j.begun, j.consolidated, j.read_slot, j.write_slot) for j in jobs], np.int64
+    ).T
+    return CohortFit(
+        devices=columns[0],
+        server_round=first.server_round,
+        position=first.position,
+        begun=columns[1],
+        consolidated=columns[2],
+        read_slots=columns[3],
+        write_slots=columns[4],
+        serial=first.serial,
+        proximal_mu=first.proximal_mu,
+    )
 
 
 def fit_by_jobs(

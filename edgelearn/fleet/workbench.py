@@ -43,6 +43,12 @@ class SimulatedData:
         return self.world.train_samples(self.device, position)
 
 
+def failure(device: int, error: Exception) -> str:
+    """Note an exception in the device's log; return what the server may know of it."""
+    _log.warning("device %d: %s: %s", device, type(error).__name__, error)
+    return egress.reason_of(error)
+
+
 class Workbench:
     """Does jobs; a process has one, and several give the same bits as one."""
 
@@ -72,8 +78,7 @@ class Workbench:
         try:
             return self._perform(job, params, update)
         except Exception as error:
-            _log.warning("device %d: %s: %s", job.device, type(error).__name__, error)
-            return Done(job.row, error=egress.reason_of(error))
+            return Done(job.row, error=failure(job.device, error))
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
         data = SimulatedData(self._world, job.device)
