@@ -130,7 +130,7 @@ def _scenario_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         metavar="NAME",
         default="auto",
-        help="auto, reference or pool; no effect on results",
+        help="auto, reference, batched or pool; results agree up to rounding",
     )
 
 

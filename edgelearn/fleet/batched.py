@@ -282,6 +282,16 @@ class BatchedEngine:
         return None
 
 
+def why_batched(world: World) -> str | None:
+    """Return why this tier is the best that one process can do; None if it may not be."""
+    learner, cohort = make_learner(world), world.scenario.fleet.cohort
+    training = Training(learner.model, learner.strategy, learner.spec)
+    count = min(cohort, stack_size(learner.model.layout.size))
+    if count < FEWEST or training.linear_stack(world.sample_shape) is None:
+        return None
+    return f"{learner.model.layout.size} parameters: {count} devices train as one"
+
+
 def stack_size(num_params: int, cache_bytes: int | None = None) -> int:
     """Return how many devices fit half of a core's own cache, with their parameters alone.
 

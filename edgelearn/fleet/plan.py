@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelearn.errors import RunError, nearest
+from edgelearn.fleet.batched import why_batched
 from edgelearn.scenario.spec import ENGINES
 from edgelearn.scenario.world import World
 
@@ -22,7 +23,7 @@ class Plan:
     """The planner's choice.
 
     Attributes:
-        tier: "reference" or "pool".
+        tier: "reference", "batched" or "pool".
         num_workers: Processes that train.
         reason: Why, for people.
         flops_per_sample: Floating-point operations of one forward pass.
@@ -51,14 +52,14 @@ def make_plan(world: World, *, engine: str = "auto", num_workers: int | None = N
         )
     if num_workers is not None and num_workers < 1:
         raise RunError(f"got {num_workers} workers; at least 1 is needed")
-    if engine == "reference" and (num_workers or 1) > 1:
-        raise RunError(f"the reference engine has one worker, got {num_workers}; use pool")
+    if engine in ("reference", "batched") and (num_workers or 1) > 1:
+        raise RunError(f"the {engine} engine has one worker, got {num_workers}; use pool")
     flops = forward_flops(world)
     cores = os.cpu_count() or 1
     if engine == "pool":
         return Plan("pool", num_workers or cores, "asked for", flops)
-    if engine == "reference":
-        return Plan("reference", 1, "asked for", flops)
+    if engine in ("reference", "batched"):
+        return Plan(engine, 1, "asked for", flops)
     if num_workers is not None:
         tier = "pool" if num_workers > 1 else "reference"
         return Plan(tier, num_workers, f"{num_workers} worker(s) asked for", flops)
@@ -67,6 +68,8 @@ def make_plan(world: World, *, engine: str = "auto", num_workers: int | None = N
     work = 3 * flops * mean_samples * spec.client.epochs * spec.fleet.cohort
     if cores > 1 and work >= _WORTH_FLOPS:
         return Plan("pool", cores, f"{work / 1e9:.3g} GFLOP a round is worth {cores} cores", flops)
+    if (reason := why_batched(world)) is not None:
+        return Plan("batched", 1, reason, flops)
     return Plan(
         "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers", flops
     )

@@ -23,6 +23,7 @@ from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
+from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import Engine
 from edgelearn.fleet.plan import Plan, make_plan
 from edgelearn.fleet.pool import PoolEngine
@@ -51,7 +52,8 @@ def simulate(
     Args:
         scenario: What to run.
         out: Run directory to create; None keeps the record in memory only.
-        engine: "auto", "reference" or "pool"; no effect on the result.
+        engine: "auto", "reference", "batched" or "pool". Reference and pool give the same bits,
+            batched the same up to rounding.
         num_workers: Worker processes; None lets the planner choose. No effect on the result.
         on_round: Called after every round.
         checkpoint_every_s: Least wall time between checkpoints; 0 makes one after every round.
@@ -190,6 +192,8 @@ def _engine(world: World, store: FleetStore, plan: Plan) -> Iterator[Engine]:
             num_workers=plan.num_workers,
             cohort=world.scenario.fleet.cohort,
         )
+    elif plan.tier == "batched":
+        engine = BatchedEngine(world, store.path)
     else:
         engine = ReferenceEngine(world, store.path)
     try:

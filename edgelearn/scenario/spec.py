@@ -21,7 +21,7 @@ STREAMS = ("class-incremental", "task-incremental", "domain-incremental")
 ORDERS = ("shared", "per-device")
 TRANSFORMS = ("permute", "rotate")
 OPTIMIZERS = ("sgd", "adam", "adamw")
-ENGINES = ("auto", "reference", "pool")
+ENGINES = ("auto", "reference", "batched", "pool")
 
 
 @dataclass(frozen=True, slots=True)
