@@ -6,19 +6,22 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types golden bench e2e docs clean
+.PHONY: help setup demo test lint types golden bench bench-engines e2e docs clean
 
 help: ## Print this help
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create .venv and install edgelearn with all extras
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard native/pyproject.toml native/CMakeLists.txt native/src/*.* native/src/simd/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "edgelearn needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing edgelearn into $(VENV) (a few minutes, once) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@if command -v c++ > /dev/null; then \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check ./native; \
+	else echo "No C++ compiler: edgelearn works without its compiled kernels, only slower."; fi
 	@touch $(READY)
 
 demo: $(READY) ## Simulate a fleet that learns without forgetting, and one that forgets
@@ -45,6 +48,9 @@ golden: $(READY) ## Rewrite the golden runs (a change of results: say why in CHA
 
 bench: $(READY) ## Measure, and rewrite docs/benchmarks.md
 	$(BIN)/python benchmarks/demo.py
+
+bench-engines: $(READY) ## Measure the engines beside Flower, pfl and Avalanche (half an hour)
+	$(BIN)/python benchmarks/engines.py
 
 e2e: $(READY) ## Run only the end-to-end tests (real processes, real Flower server)
 	$(BIN)/python -m pytest tests/e2e

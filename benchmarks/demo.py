@@ -1,34 +1,33 @@
 """The demo's cost, and that of the same scenario through Flower's own Ray simulation.
 
 Runs `edgelearn run split-digits` and Flower's simulation with edgelearn's ClientApp in turn, as
-whole processes, and writes docs/benchmarks.md. Repeat: make bench, or
-python benchmarks/demo.py --runs 5.
+whole processes, stores benchmarks/results/demo.json and rewrites docs/benchmarks.md. Repeat:
+make bench, or python benchmarks/demo.py --runs 5.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import psutil
+from harness import machine, results
+from harness.paths import RESULTS
+from harness.processes import Tree
 
-import edgelearn
 from edgelearn.federated.record import RunRecord
 
-ROOT = Path(__file__).parents[1]
 PEER = Path(__file__).with_name("flower_ray.py")
 SCENARIO = "split-digits"
+OURS, PEER_NAME = "edgelearn", "flower-ray"
 
 
 @dataclass(frozen=True)
@@ -46,39 +45,6 @@ class Cost:
     correct: tuple[int, ...]
 
 
-class Tree:
-    """Samples memory and CPU of a process tree until it ends."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.root = psutil.Process(process.pid)
-        self.peak_mib = 0.0
-        self.cpu: dict[int, float] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.1):
-            total = 0
-            try:
-                processes = [self.root, *self.root.children(recursive=True)]
-            except psutil.Error:
-                return
-            for process in processes:
-                try:
-                    total += process.memory_full_info().pss
-                    used = process.cpu_times()
-                    self.cpu[process.pid] = used.user + used.system
-                except psutil.Error:
-                    continue
-            self.peak_mib = max(self.peak_mib, total / 2**20)
-
-    def end(self) -> None:
-        """Stop sampling."""
-        self._stop.set()
-        self._thread.join()
-
-
 def run(command: list[str], out: Path) -> Cost:
     """Run a command that prints a line with "round <n>/" after each round."""
     started = time.perf_counter()
@@ -89,7 +55,7 @@ def run(command: list[str], out: Path) -> Cost:
         text=True,
         env={**os.environ, "RAY_DEDUP_LOGS": "0"},
     )
-    tree = Tree(process)
+    tree = Tree(process.pid)
     first, tail = float("nan"), []
     assert process.stderr is not None
     for line in process.stderr:
@@ -117,26 +83,26 @@ def peer(folder: Path) -> Cost:
     return run([sys.executable, str(PEER), SCENARIO, str(out), str(folder / "state")], out)
 
 
-def median(costs: list[Cost], field: str) -> float:
-    return statistics.median(getattr(cost, field) for cost in costs)
-
-
-def spread(costs: list[Cost], field: str) -> str:
-    values = [getattr(cost, field) for cost in costs]
-    return f"{min(values):.1f} - {max(values):.1f}"
-
-
-def measure(runs: int) -> dict[str, list[Cost]]:
-    found: dict[str, list[Cost]] = {"edgelearn": [], "flower-ray": []}
+def measure(runs: int) -> dict[str, Any]:
+    """Let both take turns; they must end with the same counts."""
+    turns = []
     for number in range(runs):
-        for name, function in (("edgelearn", ours), ("flower-ray", peer)):
+        found = {}
+        before = machine.load()
+        for name, function in ((OURS, ours), (PEER_NAME, peer)):
             with tempfile.TemporaryDirectory() as folder:
-                found[name].append(function(Path(folder)))
-            print(name, number + 1, found[name][-1], flush=True)
-    answers = {cost.correct for costs in found.values() for cost in costs}
+                found[name] = asdict(function(Path(folder)))
+            results.say(f"{name} {number + 1}: {found[name]}")
+        turns.append({"load": [before, machine.load()], "runs": found})
+    answers = {tuple(cost["correct"]) for turn in turns for cost in turn["runs"].values()}
     if len(answers) != 1:
         raise SystemExit(f"the two simulations disagree: {answers}")
-    return found
+    config = {
+        "scenario": SCENARIO,
+        "peers": {"flower": {name: version(name) for name in ("flwr", "ray", "torch")}},
+        "command": "python benchmarks/demo.py",
+    }
+    return {"part": "demo", **machine.describe(), "config": config, "turns": turns, "skipped": {}}
 
 
 TARGETS = {"first_round_s": 6.0, "peak_mib": 700.0}
@@ -148,13 +114,7 @@ ROWS = (
 )
 
 
-PAGE = """# Benchmarks
-
-Every figure here was written by `make bench` (`benchmarks/demo.py`): whole processes, both in turn
-in one run, medians (and ranges). Timings on shared machines are noisy: the ratio is the result.
-
-## The demo, and the same scenario through Flower's Ray simulation
-
+PAGE = """\
 `{scenario}`: 30 devices, cohort 10, 30 rounds, all devices evaluated after each round (int8 and
 float), consolidation of all devices after each experience. The peer is
 `flwr.simulation.run_simulation` (Ray, one CPU per client, 2 actors) with edgelearn's own ClientApp
@@ -162,56 +122,35 @@ and round loop: the same messages, work and results, but a Ray call for each mes
 device's state in a durable file of its own, as on a real device. Both end with the same accuracy
 counts, which the script checks.
 
-| | edgelearn | Flower/Ray | ratio | target |
-|---|---|---|---|---|
-{rows}
-
-{runs} runs each; {machine}, {cores} cores, Python {python}, {versions},
-edgelearn {edgelearn}, seed 0.
-
-<details><summary>All runs</summary>
-
-```json
-{record}
-```
-
-</details>
-"""
+| | edgelearn | Flower/Ray | ratio | target | |
+|---|---|---|---|---|---|
+{rows}"""
 
 
-def page(found: dict[str, list[Cost]]) -> str:
-    a, b = found["edgelearn"], found["flower-ray"]
+def section(result: dict[str, Any]) -> str:
+    """Return the demo's table."""
     rows = []
     for field, name in ROWS:
-        target = f"under {TARGETS[field]:g}" if field in TARGETS else ""
-        rows.append(
-            f"| {name} | {median(a, field):.1f} ({spread(a, field)}) "
-            f"| {median(b, field):.1f} ({spread(b, field)}) "
-            f"| {median(b, field) / median(a, field):.1f} x | {target} |"
-        )
-    return PAGE.format(
-        scenario=SCENARIO,
-        rows="\n".join(rows),
-        runs=len(a),
-        machine=platform.machine(),
-        cores=os.cpu_count(),
-        python=platform.python_version(),
-        versions=versions(),
-        edgelearn=edgelearn.__version__,
-        record=json.dumps({k: [asdict(c) for c in v] for k, v in found.items()}),
-    )
-
-
-def versions() -> str:
-    from importlib.metadata import version
-
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "flwr", "ray", "numpy"))
+        cells = []
+        for engine in (OURS, PEER_NAME):
+            found = results.values(result, engine, field)
+            cells.append(f"{results.median(found):.1f} ({min(found):.1f} - {max(found):.1f})")
+        times = results.ratio(result, field, PEER_NAME, OURS)
+        target, verdict = "", ""
+        if field in TARGETS:
+            target = f"under {TARGETS[field]:g}"
+            middle = results.median(results.values(result, OURS, field)) or float("inf")
+            verdict = "met" if middle < TARGETS[field] else "NOT met"
+        ratio = f"{times[0]:.1f} x" if times else ""
+        rows.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio} | {target} | {verdict} |")
+    return PAGE.format(scenario=result["config"]["scenario"], rows="\n".join(rows))
 
 
 if __name__ == "__main__":
+    from render import render
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--write", type=Path, default=ROOT / "docs" / "benchmarks.md")
     options = parser.parse_args()
-    options.write.write_text(page(measure(options.runs)))
-    print(options.write)
+    results.write("demo", measure(options.runs), RESULTS)
+    print(render())

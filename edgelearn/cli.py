@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write the report of a run again")
     report.add_argument("directory", help="run directory")
 
+    doctor = _command(commands, "doctor", _doctor, "say what this machine and installation can do")
+    doctor.add_argument("scenario", nargs="?", help="measure with it (default: split-digits)")
+    doctor.add_argument("--all", action="store_true", help="also tiers that take seconds to start")
+
     new = _command(commands, "new", _new, "write a commented plug-in to start from")
     new.add_argument("kind", choices=("strategy",))
     new.add_argument("name", help="name of the class, such as my-strategy")
@@ -130,7 +134,13 @@ def _scenario_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         metavar="NAME",
         default="auto",
-        help="auto, reference, batched or pool; results agree up to rounding",
+        help="auto, reference, pool, native or ray; no effect on results beyond rounding",
+    )
+    parser.add_argument(
+        "--federation",
+        metavar="MODE",
+        default="auto",
+        help="auto, faithful (a message for each device) or fused (one for the cohort's mean)",
     )
 
 
@@ -181,6 +191,7 @@ def _run(options: argparse.Namespace) -> int:
                 scenario,
                 out=directory,
                 engine=options.engine,
+                federation=options.federation,
                 num_workers=options.workers,
                 on_round=on_round,
                 checkpoint_every_s=options.every_s,
@@ -212,6 +223,7 @@ def _resume(options: argparse.Namespace) -> int:
             lambda: resume(
                 directory,
                 engine=options.engine,
+                federation=options.federation,
                 num_workers=options.workers,
                 on_round=on_round,
                 checkpoint_every_s=options.every_s,
@@ -296,6 +308,7 @@ def _compare(options: argparse.Namespace) -> int:
                         replace(variant, seed=seed),
                         out=out,
                         engine=options.engine,
+                        federation=options.federation,
                         num_workers=options.workers,
                         on_round=on_round,
                     )
@@ -309,6 +322,34 @@ def _compare(options: argparse.Namespace) -> int:
         from rich.console import Console
 
         Console().print(comparison.to_table())
+    return DONE
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from edgelearn.doctor import examine
+
+    found = examine(options.scenario, every_tier=options.all)
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    for name, text in (*found.facts.items(), *found.extras.items()):
+        facts.add_row(name, escape(text))
+    console.print(facts)
+    tiers = Table(title=f"{found.scenario}: device updates per second", title_justify="left")
+    tiers.add_column("tier")
+    tiers.add_column("updates/s", justify="right")
+    tiers.add_column("")
+    for tier in found.tiers:
+        rate = "-" if tier.rate is None else f"{tier.rate:,.0f}"
+        note = f"chosen: {found.reason}" if tier.is_chosen else tier.note
+        tiers.add_row(tier.name, rate, escape(note))
+    console.print(tiers)
     return DONE
 
 

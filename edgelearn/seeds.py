@@ -60,22 +60,14 @@ def split(seed: int, index: int) -> int:
     return mix((seed + (index + 1) * _GOLDEN) & _WORD)
 
 
-def split_all(seed: int, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return `split(seed, index)` for each index."""
+def split_all(seed: int | NDArray[np.uint64], indices: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return `split(seed, index)` for each index; the two are broadcast."""
     steps = indices.astype(np.uint64) + np.uint64(1)
-    return _mix_all(np.uint64(seed) + steps * np.uint64(_GOLDEN))
-
-
-def split_each(seeds: NDArray[np.uint64], index: int) -> NDArray[np.uint64]:
-    """Return `split(seed, index)` for each seed."""
-    return _mix_all(seeds + np.uint64((index + 1) * _GOLDEN & _WORD))
-
-
-def _mix_all(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return `mix` of each word."""
+    word = np.asarray(seed, np.uint64) + steps * np.uint64(_GOLDEN)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+    out: NDArray[np.uint64] = word ^ (word >> np.uint64(31))
+    return out
 
 
 def permutation(seed: int, count: int) -> NDArray[np.int64]:
@@ -88,32 +80,12 @@ def permutation(seed: int, count: int) -> NDArray[np.int64]:
     return np.argsort(split_all(seed, np.arange(count)), kind="stable")
 
 
-def permutations(
-    seeds: NDArray[np.uint64], counts: NDArray[np.int64], *, first: int | None = None
-) -> NDArray[np.int64]:
-    """Return one permutation for each seed, as rows that are padded to the longest with zeros.
-
-    Args:
-        seeds: [K].
-        counts: Row k begins with `permutation(seeds[k], counts[k])` [K].
-        first: How much of each is wanted; None is all.
-
-    Example:
-        >>> permutations(np.array([1, 1], np.uint64), np.array([5, 2])).tolist()
-        [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
-    """
-    longest = int(counts.max(initial=0))
-    steps = np.arange(1, longest + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    keys = _mix_all(seeds[:, None] + steps)
-    is_padding = None
-    if int(counts.min(initial=longest)) < longest:
-        is_padding = np.arange(longest) >= counts[:, None]
-        keys[is_padding] = _WORD  # behind all others
-    # Words of one sequence differ from each other, so any way of sorting gives the same order.
-    order = np.argsort(keys, axis=1)
-    if is_padding is not None:
-        order[is_padding] = 0
-    return order[:, :first]
+def permutations(seeds: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `permutation(seed, count)` of each row [K, longest]; behind it, the places left."""
+    places = np.arange(int(counts.max(initial=0)))
+    words = split_all(seeds[:, None], places[None])
+    words[places >= counts[:, None]] = _WORD  # they sort behind all others
+    return np.argsort(words, axis=1, kind="stable")
 
 
 def numpy_generator(seed: int, purpose: str, *coordinates: int) -> np.random.Generator:

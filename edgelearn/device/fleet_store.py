@@ -15,16 +15,15 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgelearn.continual.memory import Declaration, Memory
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.errors import StateError
 from edgelearn.scenario.samples import SampleStore
 
@@ -85,33 +84,6 @@ class RecordFile:
             tensors[name] = value
         return Memory(tensors, store)
 
-    def read_all(
-        self, devices: NDArray[np.int64], slots: NDArray[np.int64], names: Iterable[str]
-    ) -> dict[str, torch.Tensor]:
-        """Copy some tensors of many devices' memories out, each as one [K, ...].
-
-        Args:
-            devices: [K].
-            slots: Where each device's memory lies [K]; that of UNWRITTEN is the initial one.
-            names: Of the tensors wanted.
-        """
-        is_written = slots != UNWRITTEN
-        records = 2 * devices + np.where(is_written, slots, 0)
-        table = self._bytes.reshape(-1, self._layout.size)
-        declared = self._layout.declaration
-        places = dict(zip(declared, self._layout.offsets, strict=True))
-        wanted = {}
-        for name in names:
-            spec, offset = declared[name], places[name]
-            value = torch.empty((len(devices), *spec.shape), dtype=spec.dtype)
-            if value.numel():
-                raw = value.view(len(devices), -1).view(torch.uint8).numpy()
-                raw[:] = table[records, offset : offset + spec.stored_bytes]
-            if not is_written.all():
-                value[torch.from_numpy(~is_written)] = spec.initial()
-            wanted[name] = value
-        return wanted
-
     def write(self, device: int, slot: int, memory: Memory) -> int:
         """Write a memory; return the record's checksum."""
         record = self._record(device, slot)
@@ -121,6 +93,42 @@ class RecordFile:
             raw = memory[name].detach().contiguous().view(-1).view(torch.uint8)
             record[offset : offset + spec.stored_bytes] = raw.numpy()
         return self.checksum(device, slot)
+
+    def get(self, device: int, slot: int) -> bytes:
+        """Return a record as it lies in the file."""
+        return self._record(device, slot).tobytes()
+
+    def put(self, device: int, slot: int, record: bytes) -> int:
+        """Write what `get` returned; return the record's checksum."""
+        self._record(device, slot)[:] = np.frombuffer(record, np.uint8)
+        return zlib.crc32(record)
+
+    def gather(
+        self, name: str, devices: NDArray[np.int64], slots: NDArray[np.int64], *, fill: int
+    ) -> NDArray[Any]:
+        """Copy one tensor of many memories out [K, ...]; `fill` where none was written."""
+        spec, offset = self._place(name)
+        is_written = slots != UNWRITTEN
+        records = 2 * devices + np.where(is_written, slots, 0)
+        table = self._bytes.reshape(-1, self._layout.size)
+        raw = table[records, offset : offset + spec.stored_bytes]
+        kind = torch.empty(0, dtype=spec.dtype).numpy().dtype
+        values = raw.view(kind).reshape(len(devices), *spec.shape)
+        values[~is_written] = fill
+        return values
+
+    def addresses(
+        self, name: str, devices: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> NDArray[np.uint64]:
+        """Return where one tensor of many memories lies in this process; 0 where unwritten."""
+        _, offset = self._place(name)
+        records = 2 * devices + slots
+        places = self._bytes.ctypes.data + records * self._layout.size + offset
+        return np.where(slots == UNWRITTEN, 0, places).astype(np.uint64)
+
+    def _place(self, name: str) -> tuple[TensorSpec | SampleSpec, int]:
+        index = list(self._layout.declaration).index(name)
+        return self._layout.declaration[name], self._layout.offsets[index]
 
     def checksum(self, device: int, slot: int) -> int:
         """Return the checksum of a record as it is now."""
@@ -207,6 +215,15 @@ class FleetStore:
         live = int(self._tables.live[device])
         spare = 0 if live == UNWRITTEN else 1 - live
         return (spare, spare) if device in self._touched else (live, spare)
+
+    def slots_of(self, devices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return what `slots` returns for many devices."""
+        live = self._tables.live[devices].astype(np.int64)
+        spare = np.where(live == UNWRITTEN, 0, 1 - live)
+        if self._touched:
+            touched = np.array([int(device) in self._touched for device in devices], bool)
+            live = np.where(touched, spare, live)
+        return live, spare
 
     def written(self, device: int, checksum: int) -> None:
         """Note that the spare slot of a device holds its new memory."""

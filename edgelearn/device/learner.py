@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -148,7 +148,7 @@ class Learner:
         )
         delta, loss = trained.params - params, trained.loss
         if not math.isfinite(loss) or not _is_finite(delta):
-            raise divergence(data.device, server_round, loss)
+            refuse_divergence(data.device, server_round, loss)
         self._check(trained.memory)
         new = DeviceState(trained.memory, position + 1, state.consolidated)
         metrics = {"num-examples": len(samples), "loss": loss, "num-steps": trained.num_steps}
@@ -224,17 +224,20 @@ class Learner:
         return Update(dict(update.arrays), dict(update.metrics))
 
 
-def divergence(device: int, server_round: int, loss: float) -> DivergenceError:
-    """Return the error of a device whose loss or update is not finite."""
-    # Few digits: engines may differ in the last ones.
-    return DivergenceError(
-        f"training diverged on device {device} in round {server_round}: loss {loss:.3g}"
-    )
-
-
 def _is_finite(values: Tensor) -> bool:
     # A finite sum has finite terms, and costs a quarter; a sum may overflow where no term is inf.
     return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def refuse_divergence(device: int, server_round: int, loss: float) -> NoReturn:
+    """Say that a device's training came to numbers that are not finite.
+
+    Raises:
+        DivergenceError: Always.
+    """
+    raise DivergenceError(
+        f"training diverged on device {device} in round {server_round}: loss {loss}"
+    )
 
 
 def steps_seed(seed: int, server_round: int, device: int) -> int:

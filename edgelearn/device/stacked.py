@@ -1,13 +1,13 @@
-"""Local training of many devices as one stack: each operation is done once, for all of them.
+"""Local training of many devices at once, as one stack of tensors [K, ...].
 
-Row k of every tensor belongs to device k, and nothing mixes rows, so a device learns what it would
-learn alone, up to the rounding of another order of sums. What this saves is the fixed cost of an
-operation, not arithmetic: it pays for small networks, while the whole stack stays in a cache.
+For linear stacks whose parameters are so few that those of many devices stay in the processor's
+cache: there, the fixed cost of each operation is most of the time, and K devices share it. The
+mathematics is that of `edgelearn.device.training`, device by device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,291 +15,334 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.continual.memory import Memory
-from edgelearn.continual.strategy import Pull
-from edgelearn.device.stacked_batches import Devices, Integers, StackedBatch, batches
-from edgelearn.device.training import Training
+from edgelearn.continual.strategy import ClientStrategy, Pull, Rehearsal
+from edgelearn.scenario.samples import Batch, SampleStore
 from edgelearn.scenario.spec import ClientSpec
+from edgelearn.seeds import permutations, split_all
 from edgelearn.stack import Linear, Stack
 
 
 @dataclass(frozen=True, slots=True)
-class TrainedStack:
-    """The outcome of local training, row by row.
+class Devices:
+    """Devices that train together.
 
     Attributes:
-        loss: Mean over steps [K].
-        num_steps: Steps taken [K].
-        num_samples: Samples that passed through them, replayed ones included [K].
+        ids: All their sample ids, int32.
+        starts: Where each one's begin [K + 1].
+        seeds: Of each one's training [K].
+        held: Stored samples that may be replayed [K, capacity], -1 where there is none.
+        curvature: Of a pull [K, T].
+        anchor: Of a pull [K, T].
     """
 
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+    held: NDArray[np.int32] | None = None
+    curvature: Tensor | None = None
+    anchor: Tensor | None = None
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Samples of each device [K]."""
+        return np.diff(self.starts)
+
+    def take(self, rows: NDArray[np.int64]) -> Devices:
+        """Return some of the devices."""
+        sizes = self.sizes[rows]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], sizes)
+        index = torch.from_numpy(rows)
+        return Devices(
+            self.ids[places],
+            starts,
+            self.seeds[rows],
+            None if self.held is None else self.held[rows],
+            None if self.curvature is None else self.curvature[index],
+            None if self.anchor is None else self.anchor[index],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StackTrained:
+    """The outcome, by device.
+
+    Attributes:
+        params: Local parameters [K, P].
+        loss: Mean over steps [K].
+        num_steps: [K].
+        num_samples: Samples that passed through training, replayed ones included [K].
+    """
+
+    params: Tensor
     loss: NDArray[np.float64]
-    num_steps: Integers
-    num_samples: Integers
+    num_steps: NDArray[np.int64]
+    num_samples: NDArray[np.int64]
 
 
 @torch.no_grad()
-def train_linear(
-    training: Training,
+def train_stack(
     stack: Stack,
+    strategy: ClientStrategy,
+    spec: ClientSpec,
     params: Tensor,
+    store: SampleStore,
     devices: Devices,
     *,
-    proximal_mu: float,
-    updates: Tensor,
-) -> TrainedStack:
-    """Train a stack of devices by the written-out backward pass.
+    proximal_mu: float = 0.0,
+) -> StackTrained:
+    """Train devices together, each from the same parameters.
 
     Args:
-        training: How; its `linear_stack` is not None.
-        stack: That linear stack.
+        stack: The network; `is_linear`.
+        strategy: `is_declared`.
+        spec: Plain or momentum SGD.
         params: Global parameters [P].
-        devices: K devices.
+        store: Where sample ids lead.
+        devices: In descending order of their sizes, so that those still training are the first.
         proximal_mu: FedProx's mu.
-        updates: Takes local - global [K, P].
     """
-    network = _Network(stack, params, len(devices))
-    step = _Update(training, network, devices.memory, proximal_mu)
-    num_samples = np.zeros(len(devices), np.int64)
-    losses: list[Tensor] = []
-    for batch in batches(training, devices):
-        inputs, logits = network.forward(batch.x)
-        loss, delta = _cross_entropy(logits, batch)
-        step(inputs, delta)
-        losses.append(loss)
-        num_samples[: len(loss)] += batch.num_samples
-    network.write_updates(updates)
-    num_steps = -(-devices.sizes // training.spec.batch_size) * training.spec.epochs
-    total = np.zeros(len(devices))
-    for loss in losses:
-        total[: len(loss)] += loss.numpy()
-    return TrainedStack(total / num_steps, num_steps, num_samples)
+    pull = strategy.pull()
+    local = params.repeat(len(devices.seeds), 1)
+    optimizer = _Optimizer(spec, local, params, devices, pull, proximal_mu)
+    total = torch.zeros(len(local))
+    counts, passed = np.zeros(len(local), np.int64), np.zeros(len(local), np.int64)
+    for step in _steps(devices, spec, strategy.rehearsal(), store):
+        network = _Network(stack, local[: step.active])
+        inputs, logits = network.forward(step.batch.x.flatten(2))
+        losses, delta = _cross_entropy(logits, step.batch)
+        optimizer.step(network, inputs, delta)
+        total[: step.active] += losses
+        counts[: step.active] += 1
+        passed[: step.active] += step.sizes
+    loss = total.double().numpy() / np.maximum(counts, 1)
+    return StackTrained(local, loss, counts, passed)
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of the devices that are still training, the first `active`.
+
+    The batch has a dimension for the device in front of each tensor; where a device has fewer
+    samples than others, weights are 0.
+    """
+
+    active: int
+    batch: Batch
+    sizes: NDArray[np.int64]
+
+
+def _steps(
+    devices: Devices, spec: ClientSpec, rehearsal: Rehearsal | None, store: SampleStore
+) -> Iterator[_Step]:
+    """Yield all steps: all epochs of all devices, in the order that each draws."""
+    sizes, size = devices.sizes, spec.batch_size
+    per_epoch = -(-sizes // size)
+    draws = None
+    if rehearsal is not None and devices.held is not None:
+        draws = _Draws(devices, rehearsal, per_epoch * spec.epochs)
+    # The steps of a device follow each other; a device with fewer per epoch is ahead of others.
+    orders = np.stack([_order(devices, sizes, epoch) for epoch in range(spec.epochs)])
+    for step in range(int((per_epoch * spec.epochs).max(initial=0))):
+        active = int((per_epoch * spec.epochs > step).sum())
+        rows = np.arange(active)
+        epochs, within = step // per_epoch[:active], step % per_epoch[:active]
+        columns = within[:, None] * size + np.arange(size)
+        is_real = columns < sizes[:active, None]
+        places = orders[epochs[:, None], rows[:, None], np.where(is_real, columns, 0)]
+        ids = devices.ids[places]
+        weights, counts = is_real.astype(np.float32), is_real.sum(1)
+        if draws is None:
+            weights /= counts[:, None]
+        else:
+            ids, weights, counts = draws.join(step, ids, is_real)
+        batch = store.batch(torch.from_numpy(ids.reshape(-1)))
+        shape = ids.shape
+        mask = None if batch.mask is None else batch.mask.view(*shape, -1)
+        x, y = batch.x.view(*shape, *batch.x.shape[1:]), batch.y.view(shape)
+        weight = torch.from_numpy(weights.astype(np.float32))
+        yield _Step(active, Batch(x, y, weight, mask), counts)
+
+
+def _order(devices: Devices, sizes: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+    """Return where in `ids` each device's samples lie, in the order of an epoch [K, longest]."""
+    seeds = split_all(devices.seeds, np.full(len(sizes), epoch))
+    return devices.starts[:-1, None] + permutations(seeds, sizes)
+
+
+class _Draws:
+    """What each device replays in each of its steps; as `Memory.draw` has it."""
+
+    def __init__(
+        self, devices: Devices, rehearsal: Rehearsal, num_steps: NDArray[np.int64]
+    ) -> None:
+        assert devices.held is not None
+        self._rehearsal = rehearsal
+        self._counts = (devices.held >= 0).sum(1)
+        front = np.argsort(devices.held < 0, axis=1, kind="stable")  # in their order in memory
+        self._held = np.take_along_axis(devices.held, front, 1)
+        self._words = np.zeros((len(num_steps), int(num_steps.max(initial=0))), np.uint64)
+        for row in np.flatnonzero(self._counts).tolist():
+            generator = torch.Generator().manual_seed(int(devices.seeds[row]))
+            words = torch.randint(2**62, (int(num_steps[row]),), generator=generator)
+            self._words[row, : len(words)] = words.numpy().astype(np.uint64)
+
+    def join(
+        self, step: int, ids: NDArray[np.int32], is_real: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]:
+        """Return ids, weights and numbers of samples with the replayed ones."""
+        active, arriving = len(ids), is_real.sum(1)
+        held, share = self._counts[:active], self._rehearsal.share
+        wanted = np.minimum(self._rehearsal.count or arriving, held)
+        picks = permutations(self._words[:active, step], held)[:, : int(wanted.max(initial=0))]
+        is_past = np.arange(picks.shape[1]) < wanted[:, None]
+        past = np.take_along_axis(self._held[:active], np.where(is_past, picks, 0), 1)
+        past = np.where(is_past, past, ids[:, :1])
+        new_weight = 1.0 / (arriving + wanted)
+        past_weight = new_weight
+        if share is not None:
+            new_weight = np.where(wanted > 0, 1.0 - share, 1.0) / arriving
+            past_weight = share / np.maximum(wanted, 1)
+        weights = np.concatenate(
+            [is_real * new_weight[:, None], is_past * past_weight[:, None]], axis=1
+        )
+        return np.concatenate([ids, past], axis=1), weights.astype(np.float32), arriving + wanted
 
 
 # -- the network -----------------------------------------------------------------------------------
 
 
-class _Parts:
-    """A vector for each device [K, P], stored layer by layer: [K, size] for each tensor.
-
-    So the tensor of a layer is contiguous over devices, as batched products want it, and what
-    works element by element sweeps over all of it at once.
-    """
-
-    def __init__(self, stack: Stack, count: int) -> None:
-        self._places = [
-            (place, size)
-            for layer, _ in stack.linears
-            for place, size in _places(layer)
-            if place >= 0
-        ]
-        self._flat = torch.empty(count * stack.num_params)
-        pieces = torch.split(self._flat, [count * size for _, size in self._places])
-        self._parts = [piece.view(count, -1) for piece in pieces]
-        self._count = count
-
-    def fill(self, rows: Tensor) -> None:
-        """Copy vectors in: [K, P], or [P] for all."""
-        for (place, size), part in zip(self._places, self._parts, strict=True):
-            part.copy_(rows[..., place : place + size])
-
-    def subtract_into(self, params: Tensor, out: Tensor) -> None:
-        """Write these vectors minus `params` [P] into `out` [K, P]."""
-        for (place, size), part in zip(self._places, self._parts, strict=True):
-            ends = slice(place, place + size)
-            torch.sub(part, params[ends], out=out[:, ends])
-
-    def at(self, place: int) -> Tensor:
-        """Return the tensor at a place of the vector [K, size]."""
-        return self._parts[[p for p, _ in self._places].index(place)]
-
-    def first(self, k: int) -> list[Tensor]:
-        """Return the numbers of the first k devices, in as few tensors as possible."""
-        return [self._flat] if k == self._count else [part[:k] for part in self._parts]
-
-    def first_of(self, params: Tensor, k: int) -> list[Tensor]:
-        """Return a vector [P] in pieces that broadcast against `each` of `by_tensor`."""
-        return [params[place : place + size].expand(k, size) for place, size in self._places]
-
-    def by_tensor(self, k: int) -> list[Tensor]:
-        """Return the numbers of the first k devices, tensor by tensor [k, size]."""
-        return [part[:k] for part in self._parts]
-
-
-def _places(layer: Linear) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (layer.weight, layer.fan_in * layer.fan_out), (layer.bias, layer.fan_out)
-
-
 class _Network:
-    """Forward and backward passes of K copies of a linear stack; see `edgelearn.stack`."""
+    """Forward and backward passes of a linear stack for K devices at once, in place."""
 
-    def __init__(self, stack: Stack, params: Tensor, count: int) -> None:
-        self.stack, self.global_params, self.count = stack, params, count
-        self.params = _Parts(stack, count)
-        self.params.fill(params)
-        self._relus = [relu for _, relu in stack.linears]
-        self._weights, self._biases = self.views(self.params)
-
-    def views(self, parts: _Parts) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return weights [K, O, I] and biases [K, 1, O] by layer."""
-        weights: list[Tensor] = []
-        biases: list[Tensor | None] = []
-        for layer, _ in self.stack.linears:
-            shape = self.count, layer.fan_out, layer.fan_in
-            weights.append(parts.at(layer.weight).view(shape))
-            biases.append(None if layer.bias < 0 else parts.at(layer.bias).unsqueeze(1))
-        return weights, biases
+    def __init__(self, stack: Stack, params: Tensor) -> None:
+        self._linears = stack.linears
+        self._weights = [_weight_of(params, layer) for layer, _ in self._linears]
+        self._biases = [_bias_of(params, layer) for layer, _ in self._linears]
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the input of each layer [k, B, I] and the logits [k, B, C]."""
-        k, inputs, z = len(x), [], x
-        for relu, weight, bias in zip(self._relus, self._weights, self._biases, strict=True):
+        """Return the input of each layer and the logits [K, B, C]."""
+        inputs, z = [], x
+        for (_, relu), weight, bias in zip(self._linears, self._weights, self._biases, strict=True):
             inputs.append(z)
-            transposed = weight[:k].transpose(1, 2)
-            z = z.bmm(transposed) if bias is None else torch.baddbmm(bias[:k], z, transposed)
+            if bias is None:
+                z = torch.bmm(z, weight.transpose(1, 2))
+            else:
+                z = torch.baddbmm(bias[:, None], z, weight.transpose(1, 2))
             if relu:
                 z.relu_()
         return inputs, z
 
     def step(self, inputs: list[Tensor], delta: Tensor, *, lr: float, decay: float) -> None:
-        """Take a step of SGD; no gradient is written. As `LinearStack.step`."""
-        k, keep = len(delta), 1.0 - lr * decay
+        """Take a step of SGD; no gradient is written."""
+        keep = 1.0 - lr * decay
         for index in range(len(inputs) - 1, -1, -1):
-            weight, bias, x = self._weights[index][:k], self._biases[index], inputs[index]
+            weight, bias, x = self._weights[index], self._biases[index], inputs[index]
             below = delta.bmm(weight) if index else None
             weight.baddbmm_(delta.transpose(1, 2), x, beta=keep, alpha=-lr)
             if bias is not None:
                 if decay:
-                    bias[:k].mul_(keep)
-                bias[:k].sub_(delta.sum(1, keepdim=True), alpha=lr)
+                    bias.mul_(keep)
+                bias.sub_(delta.sum(1), alpha=lr)
             if below is not None:
                 delta = self._through_relu(index, below, x)
 
-    def gradient(
-        self,
-        inputs: list[Tensor],
-        delta: Tensor,
-        out: tuple[list[Tensor], list[Tensor | None]],
-    ) -> None:
-        """Write gradients into `out`, views as those of `views`."""
-        k = len(delta)
+    def gradient(self, inputs: list[Tensor], delta: Tensor, out: Tensor) -> None:
+        """Write dL/dtheta of each device into `out` [K, P]."""
         for index in range(len(inputs) - 1, -1, -1):
-            x, bias = inputs[index], out[1][index]
-            torch.bmm(delta.transpose(1, 2), x, out=out[0][index][:k])
+            layer, x = self._linears[index][0], inputs[index]
+            _weight_of(out, layer).copy_(delta.transpose(1, 2).bmm(x))
+            bias = _bias_of(out, layer)
             if bias is not None:
-                torch.sum(delta, 1, keepdim=True, out=bias[:k])
+                bias.copy_(delta.sum(1))
             if index:
-                delta = self._through_relu(index, delta.bmm(self._weights[index][:k]), x)
-
-    def write_updates(self, out: Tensor) -> None:
-        """Write local - global into `out` [K, P]."""
-        self.params.subtract_into(self.global_params, out)
+                delta = self._through_relu(index, delta.bmm(self._weights[index]), x)
 
     def _through_relu(self, index: int, delta: Tensor, activated: Tensor) -> Tensor:
-        """Return dL/dz of the layer below from dL/d(its output)."""
-        if not self._relus[index - 1]:
+        if not self._linears[index - 1][1]:
             return delta
         below: Tensor = torch.ops.aten.threshold_backward(delta, activated, 0.0)
         return below
 
 
-class _Update:
-    """A step on all parameters: SGD, FedProx and the declared pull; as `Training` does it."""
+class _Optimizer:
+    """SGD with what is pulled, in one sweep or two."""
 
     def __init__(
-        self, training: Training, network: _Network, memory: Mapping[str, Tensor], mu: float
+        self,
+        spec: ClientSpec,
+        local: Tensor,
+        params: Tensor,
+        devices: Devices,
+        pull: Pull | None,
+        mu: float,
     ) -> None:
-        self._spec: ClientSpec = training.spec
-        self._network, self._mu = network, mu
-        pull = training.strategy.pull()
-        self._explicit = pull if pull is not None and pull.is_explicit else None
-        self._is_fused = self._spec.momentum == 0 and self._explicit is None
-        if pull is not None:
-            self._anchor = self._stored(memory[pull.anchor])
-            self._stiffness = self._stored(_stiffness(pull, memory, self._spec.lr))
-        self._is_implicit = pull is not None and not pull.is_explicit
-        if not self._is_fused:
-            self._gradients = _Parts(network.stack, network.count)
-            self._views = network.views(self._gradients)
-        self._momentum: _Parts | None = None
+        self._spec, self._local, self._params, self._mu = spec, local, params, mu
+        self._anchor, self._weight, self._strength = devices.anchor, None, None
+        if pull is not None and devices.curvature is not None:
+            if pull.is_explicit:
+                self._strength = pull.strength * devices.curvature
+            else:
+                stiffness = devices.curvature * (spec.lr * pull.strength)
+                self._weight = stiffness / (1 + stiffness)
+        self._is_fused = spec.momentum == 0 and self._strength is None
+        self._gradients = torch.empty(0) if self._is_fused else torch.empty_like(local)
+        self._momentum: Tensor | None = None
 
-    def __call__(self, inputs: list[Tensor], delta: Tensor) -> None:
-        """Take a step of the first k devices, with dL/dlogits [k, B, C]."""
-        spec, network, k = self._spec, self._network, len(delta)
+    def step(self, network: _Network, inputs: list[Tensor], delta: Tensor) -> None:
+        spec, active = self._spec, len(delta)
+        local = self._local[:active]
         if self._is_fused:
             network.step(inputs, delta, lr=spec.lr, decay=self._mu + spec.weight_decay)
             if self._mu:
-                self._towards_global(network.params, k, spec.lr * self._mu)
+                local.add_(self._params, alpha=spec.lr * self._mu)
         else:
-            network.gradient(inputs, delta, self._views)
-            self._by_gradient(k)
-        if self._is_implicit:
-            pulled = self._anchor.first(k), self._stiffness.first(k)
-            for local, anchor, weight in zip(network.params.first(k), *pulled, strict=True):
-                local.lerp_(anchor, weight)
+            self._by_gradient(network, inputs, delta, local)
+        if self._weight is not None and self._anchor is not None:
+            local.lerp_(self._anchor[:active], self._weight[:active])
 
-    def _by_gradient(self, k: int) -> None:
-        spec, local = self._spec, self._network.params.first(k)
-        gradients = self._gradients.first(k)
-        if self._explicit is not None:
-            pulled = self._anchor.first(k), self._stiffness.first(k)
-            for g, own, anchor, stiffness in zip(gradients, local, *pulled, strict=True):
-                g.addcmul_(own - anchor, stiffness)
-        decay = self._mu + spec.weight_decay
-        if decay:
-            for g, own in zip(gradients, local, strict=True):
-                g.add_(own, alpha=decay)
+    def _by_gradient(
+        self, network: _Network, inputs: list[Tensor], delta: Tensor, local: Tensor
+    ) -> None:
+        spec, active = self._spec, len(delta)
+        gradients = self._gradients[:active]
+        network.gradient(inputs, delta, gradients)
+        if self._strength is not None and self._anchor is not None:
+            gradients.addcmul_(self._strength[:active], local - self._anchor[:active])
         if self._mu:
-            self._towards_global(self._gradients, k, -self._mu)
+            gradients.add_(local - self._params, alpha=self._mu)
+        if spec.weight_decay:
+            gradients.add_(local, alpha=spec.weight_decay)
         if spec.momentum:
-            gradients = self._accumulated(k)
-        for g, own in zip(gradients, local, strict=True):
-            own.add_(g, alpha=-spec.lr)
-
-    def _accumulated(self, k: int) -> list[Tensor]:
-        """Return the momentum of the first k devices; all of them take the first step."""
-        gradients = self._gradients.first(k)
-        if self._momentum is None:
-            self._momentum = _Parts(self._network.stack, self._network.count)
-            for velocity, g in zip(self._momentum.first(k), gradients, strict=True):
-                velocity.copy_(g)
-        else:
-            for velocity, g in zip(self._momentum.first(k), gradients, strict=True):
-                velocity.mul_(self._spec.momentum).add_(g)
-        return self._momentum.first(k)
-
-    def _towards_global(self, parts: _Parts, k: int, alpha: float) -> None:
-        pieces = parts.first_of(self._network.global_params, k)
-        for part, piece in zip(parts.by_tensor(k), pieces, strict=True):
-            part.add_(piece, alpha=alpha)
-
-    def _stored(self, rows: Tensor) -> _Parts:
-        parts = _Parts(self._network.stack, self._network.count)
-        parts.fill(rows)
-        return parts
+            if self._momentum is None:
+                self._momentum = gradients.clone()  # all devices that train take a first step
+            else:
+                self._momentum[:active].mul_(spec.momentum).add_(gradients)
+            gradients = self._momentum[:active]
+        local.add_(gradients, alpha=-spec.lr)
 
 
-def _stiffness(pull: Pull, memory: Mapping[str, Tensor], lr: float) -> Tensor:
-    """Return what multiplies the distance to the anchor [K, P]."""
-    if pull.is_explicit:
-        return pull.strength * memory[pull.curvature]
-    return pull.weight(Memory(memory), lr=lr)
+def _weight_of(params: Tensor, layer: Linear) -> Tensor:
+    size = layer.fan_in * layer.fan_out
+    flat = params[:, layer.weight : layer.weight + size]
+    return flat.view(len(params), layer.fan_out, layer.fan_in)
 
 
-def _cross_entropy(logits: Tensor, batch: StackedBatch) -> tuple[Tensor, Tensor]:
-    """Return each device's loss [k] and its derivative by the logits [k, B, C], in their place."""
+def _bias_of(params: Tensor, layer: Linear) -> Tensor | None:
+    return None if layer.bias < 0 else params[:, layer.bias : layer.bias + layer.fan_out]
+
+
+def _cross_entropy(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return each device's weighted loss [K] and the derivative by the logits [K, B, C]."""
+    assert batch.weight is not None
     if batch.mask is not None:
-        logits.masked_fill_(~batch.mask, float("-inf"))
-    # As log_softmax, which is slow on rows as short as these.
-    logits -= logits.amax(2, keepdim=True)
-    y = batch.y.unsqueeze(2)
-    picked = logits.gather(2, y)
-    delta = logits.exp_()
-    total = delta.sum(2, keepdim=True)
-    picked -= total.log()
-    delta /= total
-    delta.scatter_add_(2, y, torch.full_like(picked, -1.0))
-    losses = picked.squeeze(2)
-    if batch.weight is None:
-        return -losses.mean(1), delta.mul_(1.0 / batch.y.shape[1])
-    return -(losses * batch.weight).sum(1), delta.mul_(batch.weight.unsqueeze(2))
+        logits = logits.masked_fill(~batch.mask, float("-inf"))
+    logs = torch.log_softmax(logits, 2)
+    picked = logs.gather(2, batch.y[:, :, None])
+    delta = logs.exp_()
+    delta.scatter_add_(2, batch.y[:, :, None], torch.full_like(picked, -1.0))
+    delta.mul_(batch.weight[:, :, None])
+    return -(picked[:, :, 0] * batch.weight).sum(1), delta

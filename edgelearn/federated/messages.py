@@ -8,10 +8,14 @@ the local parameters as any Flower strategy expects them where it does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
@@ -20,6 +24,7 @@ from edgelearn.params import Layout
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
 
+_VECTOR, _NUMPY = "params", "numpy.ndarray"
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 RUN = "edgelearn-run"  # on a real network: which run of the scenario an instruction belongs to
 FIT, EVALUATE, CONSOLIDATE, HELLO = "train", "evaluate", "query.consolidate", "query.hello"
@@ -28,7 +33,7 @@ FIT, EVALUATE, CONSOLIDATE, HELLO = "train", "evaluate", "query.consolidate", "q
 def encode_params(layout: Layout, params: Tensor) -> ArrayRecord:
     """Return a vector [P] as named arrays."""
     views = layout.views(params.detach())
-    return ArrayRecord({name: Array(view.numpy()) for name, view in views.items()})
+    return ArrayRecord({name: _encoded(view.numpy()) for name, view in views.items()})
 
 
 def decode_params(layout: Layout, record: ArrayRecord) -> Tensor:
@@ -37,7 +42,40 @@ def decode_params(layout: Layout, record: ArrayRecord) -> Tensor:
     Raises:
         StateError: If names or shapes are not the model's.
     """
-    return layout.flatten({name: torch.from_numpy(a.numpy()) for name, a in record.items()})
+    return layout.flatten({name: _decoded(array) for name, array in record.items()})
+
+
+def encode_vector(params: Tensor) -> ArrayRecord:
+    """Return a vector [P] as one array, for strategies that treat every number alike."""
+    return ArrayRecord({_VECTOR: _encoded(params.detach().numpy())})
+
+
+def decode_vector(record: ArrayRecord) -> Tensor:
+    """Return the vector [P] of `encode_vector`."""
+    return torch.from_numpy(_decoded(record[_VECTOR]).astype(np.float32, copy=False))
+
+
+def _encoded(values: NDArray[np.float32]) -> Array:
+    """Return what `Array(values)` returns, without writing the same header anew, 40 us each."""
+    data = _header(values.shape) + values.tobytes()
+    return Array("float32", values.shape, _NUMPY, data)
+
+
+@lru_cache(maxsize=1024)
+def _header(shape: tuple[int, ...]) -> bytes:
+    """Return the first bytes of a float32 array in NumPy's file format."""
+    data = Array(np.zeros(shape, np.float32)).data
+    return data[: len(data) - 4 * math.prod(shape)]
+
+
+def _decoded(array: Array) -> NDArray[Any]:
+    """Return a copy of an array's values; `Array.numpy` parses the header anew, 50 us each."""
+    size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+    header = array.data[: len(array.data) - size]
+    if array.stype != _NUMPY or b"'fortran_order': False" not in header:
+        return array.numpy()
+    flat = np.frombuffer(array.data, array.dtype, offset=len(header))
+    return flat.reshape(array.shape).copy()
 
 
 def instruction(

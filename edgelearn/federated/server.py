@@ -94,6 +94,17 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+@contextmanager
+def python_seeded(seed: int) -> Iterator[None]:
+    """Seed Python's generator alone, as `seeded` does; it samples the cohort."""
+    python = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+
+
 # -- what a strategy remembers between rounds ------------------------------------------------------
 
 Arrays = dict[str, NDArray[Any]]

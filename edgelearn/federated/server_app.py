@@ -22,8 +22,10 @@ import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
 from edgelearn.device.learner import make_learner
 from edgelearn.errors import RunError
 from edgelearn.federated import rundir
+from edgelearn.federated.by_message import ByMessage
 from edgelearn.federated.checkpoint import Checkpoint
 from edgelearn.federated.client_app import scenario_from
+from edgelearn.federated.exchange import Run
 from edgelearn.federated.journal import FileJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.network import NetworkFleet
@@ -113,12 +115,11 @@ def serve(
         fleet = NetworkFleet(
             grid, scenario, run=run, wait_s=wait_s, round_timeout_s=round_timeout_s
         )
+        whole = Run(scenario, world.stream, learner.model.layout, strategy)
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,
-            layout=learner.model.layout,
-            strategy=strategy,
-            grid=fleet.grid,
+            exchange=ByMessage(whole, fleet.grid, fleet),
             fleet=fleet,
             journal=journal,
             on_round=on_round,

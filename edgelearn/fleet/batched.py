@@ -1,67 +1,80 @@
-"""Batched tier: devices as stacked tensors, in one process; for networks that are small.
+"""Batched tier: tiny networks of many devices trained as one stack, in this process.
 
-A tiny network's training is all fixed costs: of Python, of each operation. Done for K devices at
-once they are paid once. That holds while K copies of the parameters fit a core's own cache, so K
-follows from its size; a large network, where fewer than four fit, trains device by device.
+It pays only while the parameters of a stack stay in the second-level cache, so only networks of
+which at least four fit are trained so; `why_not` says what keeps a scenario from it. Everything but
+plain local training is done as the reference tier does it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgelearn.continual.memory import Memory, check
-from edgelearn.device.fleet_store import RecordFile, RecordLayout
-from edgelearn.device.learner import divergence, make_learner
-from edgelearn.device.stacked import TrainedStack, train_linear
-from edgelearn.device.stacked_batches import Devices
-from edgelearn.device.training import Training
-from edgelearn.device.vmapped import train_vmapped
-from edgelearn.errors import DivergenceError
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, cohort_of
-from edgelearn.fleet.reference import ReferenceEngine
-from edgelearn.fleet.workbench import failure
+from edgelearn.device.learner import Learner, make_learner
+from edgelearn.device.stacked import Devices, train_stack
+from edgelearn.fleet import together
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, weighted_sum
+from edgelearn.fleet.reference import ReferenceEngine, one_thread
+from edgelearn.scenario.samples import EMPTY
 from edgelearn.scenario.world import World
-from edgelearn.seeds import derive, split_all
+from edgelearn.stack import NotAStackError, Stack
 
-FEWEST = 4  # a stack of fewer devices is not worth it
+_FEWEST = 4
 _MOST = 256
-_L2_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-_UNITS = {"K": 2**10, "M": 2**20}
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+
+
+def why_not(world: World, learner: Learner) -> str | None:
+    """Return what keeps a scenario from the batched tier; None if nothing does."""
+    if (reason := together.not_declared(learner)) is not None:
+        return reason
+    try:
+        stack = Stack.of(learner.model, world.sample_shape)
+    except NotAStackError as error:
+        return f"the network is no plain stack: {error}"
+    if not stack.is_linear:
+        return "the network has convolutions, which are slower in a stack"
+    if rows_in_cache(stack.num_params) < _FEWEST:
+        return (
+            f"fewer than {_FEWEST} networks of {stack.num_params:,} parameters fit into the cache"
+        )
+    return None
+
+
+def rows_in_cache(num_params: int) -> int:
+    """Return how many networks the second-level cache holds; half as many were slower."""
+    return min(_cache_bytes() // (4 * num_params), _MOST)
+
+
+def _cache_bytes() -> int:
+    """Return the size of a core's second-level cache; 1 MiB where the system does not tell."""
+    try:
+        text = _CACHE.read_text().strip()
+    except OSError:
+        return 2**20
+    factor = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
+    number = text.rstrip("KM")
+    return int(number) * factor if number.isdigit() else 2**20
 
 
 @final
 class BatchedEngine:
-    """One process, one thread, many devices in each operation."""
+    """Stacks of devices, and a reference engine for the rest."""
 
-    def __init__(self, world: World, store_path: Path, *, cache_bytes: int | None = None) -> None:
-        """Prepare a stack.
-
-        Args:
-            world: The scenario's world.
-            store_path: The fleet's state.
-            cache_bytes: Size of a core's own cache; None asks this machine.
-        """
-        self._world = world
-        self._reference = ReferenceEngine(world, store_path)  # whoever can't be stacked
-        self._learner = make_learner(world)
-        strategy, model = self._learner.strategy, self._learner.model
-        self._training = Training(model, strategy, self._learner.spec)
-        self._linear = self._training.linear_stack(world.sample_shape)
-        layout = RecordLayout.of(self._learner.declaration)
-        self._file = RecordFile(store_path, layout, world.scenario.fleet.num_devices)
-        self._num_stacked = stack_size(model.layout.size, cache_bytes)
-        self._reason = self._why_alone()
-        self._is_stacking = self._reason is None
+    def __init__(self, world: World, store_path: Path) -> None:
+        """Make ready; `why_not` must have nothing to say."""
+        self._world, self._learner = world, make_learner(world)
+        self._rest = ReferenceEngine(world, store_path)
+        self._memories = together.open_memories(world, self._learner, store_path)
+        self._stack = Stack.of(self._learner.model, world.sample_shape)
+        self._rows = max(rows_in_cache(self._stack.num_params), 1)
 
     @property
     def name(self) -> str:
@@ -73,262 +86,56 @@ class BatchedEngine:
         """Processes that work."""
         return 1
 
-    @property
-    def fallback_reason(self) -> str | None:
-        """Why devices, or some of them, train one by one; None if no reason was found yet."""
-        return self._reason
-
     def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
-        """Do all jobs; those of training as `fit`, others one after another."""
-        cohort = cohort_of(jobs)
-        if cohort is None:
-            return self._reference.run(jobs, params, updates)
-        done = self.fit(cohort, params, updates)
-        return [done.row(row) for row in range(len(cohort))]
+        """Do all jobs; training goes into stacks."""
+        return together.run(jobs, params, updates, self.fit, self._rest.run)
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
-        """Train a cohort, stack by stack."""
-        done = CohortDone.empty(cohort)
-        sizes = self._world.train_sizes(cohort.devices, cohort.position)
-        is_alone = self._alone(cohort)
-        with _one_thread():
-            idle = np.flatnonzero(~is_alone & (sizes == 0))
-            self._take_idle(cohort, idle, params, done)
-            for rows in self._stacks(np.flatnonzero(~is_alone & (sizes > 0)), sizes):
-                if not self._train(cohort, rows, params, updates, done):
-                    is_alone[rows] = True
-        jobs = cohort.jobs(np.flatnonzero(is_alone).tolist(), sizes)
-        for result in self._reference.run(jobs, params, updates):
-            done.take(result)
-        return done
+        """Train a cohort in stacks, apart from devices that have to catch up first."""
+        with one_thread():
+            return together.fit(
+                cohort, params, updates, self._world, self._learner, self._train, self._rest.run
+            )
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return sum_k weights_k updates_k [P], added up in the order of rows."""
+        return weighted_sum(updates, weights)
 
     def close(self) -> None:
         """Nothing to release."""
-        self._reference.close()
+        self._rest.close()
 
-    def _alone(self, cohort: CohortFit) -> NDArray[np.bool_]:
-        """Return which rows need more than steps: they are trained one by one [K]."""
-        strategy = self._learner.strategy
-        if not self._is_stacking or strategy.overrides("upload"):
-            return np.ones(len(cohort), np.bool_)
-        is_alone = cohort.consolidated < cohort.position  # has missed an experience
-        is_alone |= cohort.begun > cohort.position + 1  # belongs to another run: an error
-        if strategy.overrides("start"):
-            is_alone |= cohort.begun <= cohort.position
-        return is_alone
-
-    def _stacks(self, rows: Integers, sizes: Integers) -> Iterator[Integers]:
-        """Yield the rows of each stack: devices of like sizes, the most samples first.
-
-        Which devices share a stack follows from the cohort alone.
-        """
-        rows = rows[np.argsort(-sizes[rows], kind="stable")]
-        groups = [rows]
-        if self._linear is None:  # a stack's devices take the same steps
-            groups = np.split(rows, np.flatnonzero(np.diff(sizes[rows])) + 1)
-        for group in groups:
-            if len(group):
-                yield from np.array_split(group, math.ceil(len(group) / self._num_stacked))
-
-    def _train(
-        self,
-        cohort: CohortFit,
-        rows: Integers,
-        params: Tensor,
-        updates: Tensor,
-        done: CohortDone,
-    ) -> bool:
-        """Train a stack; return whether it could be."""
-        if self._linear is None and len(rows) < FEWEST:
-            return False
-        devices = self._devices(cohort, rows)
-        out = _rows_of(updates, rows)
-        memory = None
-        if self._linear is not None:
-            trained = train_linear(
-                self._training,
-                self._linear,
-                params,
-                devices,
-                proximal_mu=cohort.proximal_mu,
-                updates=out,
+    def _train(self, cohort: CohortFit, params: Tensor, out: Tensor) -> together.Trained:
+        """Train all of a cohort, the largest devices first, stack by stack."""
+        learner = self._learner
+        ids, starts = self._world.train_ids(cohort.devices, cohort.position)
+        seeds = together.seeds_of(learner.seed, cohort)
+        strategy, places = learner.strategy, (cohort.devices, cohort.read_slots)
+        everyone = Devices(ids, starts, seeds)
+        if (rehearsal := strategy.rehearsal()) is not None:
+            held = self._memories.gather(rehearsal.buffer, *places, fill=EMPTY)
+            everyone = replace(everyone, held=held)
+        if (pull := strategy.pull()) is not None:
+            curvature, anchor = (
+                torch.from_numpy(self._memories.gather(name, *places, fill=0))
+                for name in (pull.curvature, pull.anchor)
             )
-        else:
-            try:
-                trained, memory = self._train_vmapped(params, devices, cohort.proximal_mu, out)
-            except Exception as error:  # whatever a hook raises; alone, it is that device's failure
-                self._reason = _brief(error)
-                out.zero_()
-                return False
-        self._admit(cohort, rows, trained, out, done)
-        if out.data_ptr() != updates[rows[0]].data_ptr():
-            updates[torch.from_numpy(rows)] = out
-        if memory is not None and self._learner.strategy.overrides("after_step"):
-            self._keep(cohort, rows, memory, done)
-        return True
-
-    def _train_vmapped(
-        self, params: Tensor, devices: Devices, mu: float, out: Tensor
-    ) -> tuple[TrainedStack, dict[str, Tensor]]:
-        trained, memory = train_vmapped(
-            self._training, params, devices, proximal_mu=mu, updates=out
-        )
-        check({name: tensor[0] for name, tensor in memory.items()}, self._learner.declaration)
-        return trained, memory
-
-    def _devices(self, cohort: CohortFit, rows: Integers) -> Devices:
-        """Gather what a stack of devices learns from."""
-        numbers = cohort.devices[rows]
-        ids, starts = self._world.train_ids(numbers, cohort.position)
-        seed = derive(self._learner.seed, "steps", cohort.server_round)
-        names = self._learner.declaration if self._linear is None else self._read_by_steps()
-        memory = self._file.read_all(numbers, cohort.read_slots[rows], names)
-        return Devices(self._world.train, ids, starts, split_all(seed, numbers), memory)
-
-    def _read_by_steps(self) -> list[str]:
-        """Return the names of what a declared strategy's steps read."""
-        rehearsal, pull = self._learner.strategy.rehearsal(), self._learner.strategy.pull()
-        names = [] if rehearsal is None else [rehearsal.buffer]
-        return names if pull is None else [*names, pull.curvature, pull.anchor]
-
-    def _admit(
-        self,
-        cohort: CohortFit,
-        rows: Integers,
-        trained: TrainedStack,
-        out: Tensor,
-        done: CohortDone,
-    ) -> None:
-        """Take in what is finite; of the guard's schema, all else holds by construction."""
-        is_finite = torch.isfinite(out.sum(1))
-        if not is_finite.all():  # a sum may overflow where no term does
-            is_finite = torch.isfinite(out).all(1)
-        is_good = is_finite.numpy() & np.isfinite(trained.loss)
-        for k in np.flatnonzero(~is_good).tolist():
-            self._diverged(cohort, int(rows[k]), float(trained.loss[k]), done)
-            out[k] = 0.0
-        good = rows[is_good]
-        done.num_examples[good] = self._world.train_sizes(cohort.devices[good], cohort.position)
-        done.loss[good] = trained.loss[is_good]
-        done.num_steps[good] = trained.num_steps[is_good]
-        done.num_samples[good] = trained.num_samples[is_good]
-        done.progress[good, 0] = cohort.position + 1
-
-    def _keep(
-        self,
-        cohort: CohortFit,
-        rows: Integers,
-        memory: dict[str, Tensor],
-        done: CohortDone,
-    ) -> None:
-        """Write new memories."""
-        for k, row in enumerate(rows.tolist()):
-            if row not in done.errors:
-                own = Memory({name: tensor[k] for name, tensor in memory.items()})
-                device, slot = int(cohort.devices[row]), int(cohort.write_slots[row])
-                done.checksums[row] = self._file.write(device, slot, own)
-
-    def _take_idle(
-        self, cohort: CohortFit, rows: Integers, params: Tensor, done: CohortDone
-    ) -> None:
-        """Take in devices without samples: they take no step."""
-        if len(rows) and not bool(torch.isfinite(params).all()):
-            for row in rows.tolist():
-                self._diverged(cohort, row, 0.0, done)
-            return
-        done.progress[rows, 0] = cohort.position + 1
-
-    def _diverged(self, cohort: CohortFit, row: int, loss: float, done: CohortDone) -> None:
-        device = int(cohort.devices[row])
-        try:
-            raise divergence(device, cohort.server_round, loss)
-        except DivergenceError as error:
-            done.errors[row] = failure(device, error)
-
-    def _why_alone(self) -> str | None:
-        """Return why devices must be trained one by one; None if they can be stacked."""
-        model, fit = self._learner.model, self._num_stacked
-        if fit < FEWEST:
-            return f"{model.layout.size} parameters: {fit} devices fit a core's cache at once"
-        if self._linear is not None:
-            return None
-        if any(isinstance(layer, _CONVOLUTIONS) for layer in model.module.modules()):
-            return "convolutions of many devices at once are slower than one by one"
-        if model.layout.size != model.layout.num_trained:
-            return "some of the network's tensors are not trained by gradient"
-        return self._probe()
-
-    def _probe(self) -> str | None:
-        """Return why hooks or network can't be stacked, found out by two made-up devices.
-
-        Not by the first real ones, so that a run that is resumed decides as it did before.
-        """
-        store, size = self._world.train, self._learner.spec.batch_size
-        ids = np.arange(min(size, len(store.y)), dtype=np.int32)
-        initial = self._learner.initial_state(store).memory
-        devices = Devices(
-            store,
-            np.concatenate([ids, ids]),
-            len(ids) * np.arange(3),
-            split_all(self._learner.seed, np.arange(2)),
-            {name: torch.stack([tensor, tensor]) for name, tensor in initial.items()},
-        )
-        params = self._learner.model.initial()
-        try:
-            with _one_thread():
-                self._train_vmapped(params, devices, 0.0, params.repeat(2, 1))
-        except Exception as error:
-            return _brief(error)
-        return None
-
-
-def why_batched(world: World) -> str | None:
-    """Return why this tier is the best that one process can do; None if it may not be."""
-    learner, cohort = make_learner(world), world.scenario.fleet.cohort
-    training = Training(learner.model, learner.strategy, learner.spec)
-    count = min(cohort, stack_size(learner.model.layout.size))
-    if count < FEWEST or training.linear_stack(world.sample_shape) is None:
-        return None
-    return f"{learner.model.layout.size} parameters: {count} devices train as one"
-
-
-def stack_size(num_params: int, cache_bytes: int | None = None) -> int:
-    """Return how many devices fit half of a core's own cache, with their parameters alone.
-
-    Args:
-        num_params: Length of the flat vector, P.
-        cache_bytes: Size of that cache; None asks this machine.
-    """
-    cache = _cache_bytes() if cache_bytes is None else cache_bytes
-    return min(_MOST, cache // 2 // (4 * max(1, num_params)))
-
-
-def _cache_bytes() -> int:
-    """Return the size of the first core's L2 cache; 1 MiB where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        text = _L2_CACHE.read_text().strip()
-        return int(text[:-1]) * _UNITS[text[-1]]
-    return 2**20
-
-
-def _rows_of(updates: Tensor, rows: Integers) -> Tensor:
-    """Return where a stack's updates go: these rows if they are neighbours, else a new tensor."""
-    first = int(rows[0])
-    if np.array_equal(rows, np.arange(first, first + len(rows))):
-        return updates[first : first + len(rows)]
-    return torch.empty(len(rows), updates.shape[1])
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """More threads would change the order of sums, and be slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+            everyone = replace(everyone, curvature=curvature, anchor=anchor)
+        largest_first = np.argsort(-everyone.sizes, kind="stable")
+        trained = together.Trained.empty(len(cohort))
+        for start in range(0, len(cohort), self._rows):
+            rows = largest_first[start : start + self._rows]
+            found = train_stack(
+                self._stack,
+                strategy,
+                learner.spec,
+                params,
+                self._world.train,
+                everyone.take(rows),
+                proximal_mu=cohort.proximal_mu,
+            )
+            out[torch.from_numpy(rows)] = found.params - params
+            trained.loss[rows], trained.num_steps[rows] = found.loss, found.num_steps
+            trained.num_samples[rows] = found.num_samples
+        trained.norms[:] = torch.linalg.vector_norm(out, dim=1).numpy()
+        return trained

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ import edgelearn.federated._flwr_compat as compat
 from edgelearn.device.fleet_store import FleetStore
 from edgelearn.device.profile import Profile
 from edgelearn.federated import messages as wire
-from edgelearn.fleet.grid import Delivery
-from edgelearn.fleet.jobs import Done, Engine, Job, Phase
+from edgelearn.federated.by_cohort import Asked, CohortUpdates, Failures
+from edgelearn.federated.exchange import Outcome
+from edgelearn.fleet.grid import Delivery, too_late
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Integers, Job, Phase
 from edgelearn.params import Layout
 from edgelearn.scenario.world import World
 
@@ -23,6 +27,8 @@ _PHASES = {
     wire.CONSOLIDATE: Phase.CONSOLIDATE,
     wire.EVALUATE: Phase.EVALUATE,
 }
+
+_UPDATES_BYTES = 2**28
 
 
 class CohortExecutor:
@@ -43,6 +49,10 @@ class CohortExecutor:
         self._flops_per_sample = flops_per_sample
         self._digest = world.scenario.digest
         self._serial = 0
+        self._updates = torch.empty(0, 0)
+        self._downlink_mbps = np.array([profile.downlink_mbps for profile in profiles])
+        self._uplink_mbps = np.array([profile.uplink_mbps for profile in profiles])
+        self._train_gflops = np.array([profile.train_gflops for profile in profiles])
 
     def __call__(self, instructions: Sequence[Message]) -> list[Delivery]:
         """Do what the instructions ask; one delivery for each, in their order."""
@@ -63,6 +73,84 @@ class CohortExecutor:
             out[index] = self._deliver(message, job, done, updates[job.row], params)
         return out
 
+    # -- a cohort at once --------------------------------------------------------------------------
+
+    def fit(self, asked: Asked) -> Iterator[tuple[CohortUpdates, float]]:
+        """Train a cohort in waves.
+
+        Yields:
+            What a wave sends, and the virtual seconds until all of it is here. The next wave
+            overwrites the updates.
+        """
+        self._serial += 1
+        size = self._layout.size
+        for start in range(0, len(asked.devices), rows_in_memory(size)):
+            devices = asked.devices[start : start + rows_in_memory(size)]
+            if self._updates.shape != (len(devices), size):
+                self._updates = torch.zeros(len(devices), size)
+            begun, consolidated = self._store.progress[devices].T.astype(np.int64)
+            read_slots, write_slots = self._store.slots_of(devices)
+            cohort = CohortFit(
+                devices=devices,
+                server_round=asked.server_round,
+                position=asked.position,
+                begun=begun,
+                consolidated=consolidated,
+                read_slots=read_slots,
+                write_slots=write_slots,
+                serial=self._serial,
+                proximal_mu=asked.proximal_mu,
+            )
+            done = self._engine.fit(cohort, asked.params, self._updates)
+            self._keep_all(devices, done)
+            failures, seconds = self._timed(asked, devices, done.errors, done.num_samples)
+            sent = done.num_examples, done.loss, done.norms
+            yield CohortUpdates(devices, self._updates, *sent, failures), seconds
+
+    def _keep_all(self, devices: Integers, done: CohortDone) -> None:
+        """Note the devices' new states, or that their old ones hold."""
+        for row in done.died:
+            self._store.revert(int(devices[row]))
+        for row, checksum in done.checksums.items():
+            self._store.written(int(devices[row]), checksum)
+        succeeded = np.ones(len(devices), bool)
+        succeeded[list(done.errors)] = False
+        self._store.progress[devices[succeeded]] = done.progress[succeeded]
+
+    def ask(self, asked: Asked, phase: Phase) -> tuple[list[Mapping[str, Any]], Failures, float]:
+        """Let devices consolidate or evaluate; return metrics, failures and virtual seconds."""
+        self._serial += 1
+        sizes = self._world.train_sizes(asked.devices, asked.position).tolist()
+        jobs = [
+            self._job_of(row, device, phase, asked.server_round, asked.position, cost, 0.0)
+            for row, (device, cost) in enumerate(zip(asked.devices.tolist(), sizes, strict=True))
+        ]
+        results = self._engine.run(jobs, asked.params, torch.empty(len(jobs), 0))
+        for job, done in zip(jobs, results, strict=True):
+            self._keep(job, done)
+        errors = {done.row: done.error for done in results if done.error is not None}
+        none = np.zeros(len(jobs), np.int64)
+        failures, seconds = self._timed(asked, asked.devices, errors, none)
+        return [done.metrics for done in results], failures, seconds
+
+    def _timed(
+        self, asked: Asked, devices: Integers, errors: Mapping[int, str], num_samples: Integers
+    ) -> tuple[Failures, float]:
+        """Book virtual time; what takes longer than an instruction lives is too late."""
+        # As Profile.transfer_s and train_s have it, to the last bit.
+        down_s = asked.bytes_down / self._downlink_mbps[devices]
+        up_s = asked.bytes_up / self._uplink_mbps[devices]
+        train_flops = 3 * self._flops_per_sample * num_samples
+        train_s = train_flops / (self._train_gflops[devices] * 1e9)
+        latency_s = 8e-6 * (down_s + up_s) + train_s
+        failures = {row: (Outcome.FAILED, reason) for row, reason in errors.items()}
+        latency_s[list(failures)] = 0.0
+        for row in np.flatnonzero(latency_s > asked.ttl_s).tolist():
+            failures[row] = (Outcome.LATE, too_late(latency_s[row], asked.ttl_s))
+        return failures, min(float(latency_s.max(initial=0.0)), asked.ttl_s)
+
+    # -- message by message ------------------------------------------------------------------------
+
     def _job(self, row: int, message: Message) -> Job:
         config = wire.config_of(message)
         device = message.metadata.dst_node_id - 1
@@ -71,6 +159,20 @@ class CohortExecutor:
         server_round = int(wire.number_in(config, "server-round", 1))
         default = self._world.stream.position(max(server_round, 1))
         position = int(wire.number_in(config, "position", default))
+        cost = len(self._world.train_samples(device, position))
+        mu = wire.number_in(config, "proximal-mu", 0.0)
+        return self._job_of(row, device, phase, server_round, position, cost, mu)
+
+    def _job_of(
+        self,
+        row: int,
+        device: int,
+        phase: Phase,
+        server_round: int,
+        position: int,
+        cost: int,
+        proximal_mu: float,
+    ) -> Job:
         read_slot, write_slot = self._store.slots(device)
         begun, consolidated = self._store.progress[device].tolist()
         return Job(
@@ -83,22 +185,28 @@ class CohortExecutor:
             consolidated=consolidated,
             read_slot=read_slot,
             write_slot=write_slot,
-            cost=len(self._world.train_samples(device, position)),
+            cost=cost,
             serial=self._serial,
-            proximal_mu=wire.number_in(config, "proximal-mu", 0.0),
+            proximal_mu=proximal_mu,
         )
 
-    def _deliver(
-        self, message: Message, job: Job, done: Done, update: Tensor, params: Tensor
-    ) -> Delivery:
+    def _keep(self, job: Job, done: Done) -> None:
+        """Note a device's new state, or that its old one holds."""
         if done.died:
             self._store.revert(job.device)
         if done.error is not None:
-            return Delivery(Error(compat.ErrorCode.RAISED, done.error))
+            return
         if done.checksum is not None:
             self._store.written(job.device, done.checksum)
         if done.progress is not None:
             self._store.progress[job.device] = done.progress
+
+    def _deliver(
+        self, message: Message, job: Job, done: Done, update: Tensor, params: Tensor
+    ) -> Delivery:
+        self._keep(job, done)
+        if done.error is not None:
+            return Delivery(Error(compat.ErrorCode.RAISED, done.error))
         arrays = None
         if job.phase is Phase.FIT:
             as_delta = wire.config_of(message).get("edgelearn-wire") == "delta"
@@ -112,6 +220,11 @@ class CohortExecutor:
         # A training step costs about three forward passes.
         train_s = profile.train_s(3 * self._flops_per_sample * done.num_samples)
         return Delivery(content, transfer_s + train_s)
+
+
+def rows_in_memory(size: int) -> int:
+    """Return how many updates of `size` parameters are held at once."""
+    return max(1, _UPDATES_BYTES // (4 * size))
 
 
 def _by_parameters(instructions: Sequence[Message]) -> list[list[int]]:

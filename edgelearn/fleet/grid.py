@@ -63,8 +63,18 @@ class FleetGrid(Grid):
         self._waiting: dict[str, tuple[float, Message]] = {}
         self._polls = 0
         self.clock_s = 0.0
-        self.available: Iterable[int] = range(num_devices)
+        self.available = list(range(num_devices))
         compat.assume_identity(self._run.run_id)
+
+    @property
+    def available(self) -> Sequence[int]:
+        """Devices that can be reached now, ascending."""
+        return self._available
+
+    @available.setter
+    def available(self, devices: Sequence[int]) -> None:
+        self._available = devices
+        self._nodes = [device + 1 for device in devices]
 
     # -- Flower's Grid -----------------------------------------------------------------------------
 
@@ -95,21 +105,20 @@ class FleetGrid(Grid):
         Raises:
             RunError: If a strategy polls on and on for more nodes than there are.
         """
-        nodes = [device + 1 for device in self.available]
         self._polls += 1
         if self._polls > _MAX_POLLS:
             raise RunError(
-                f"the server strategy waits for more devices than the {len(nodes)} that can be "
-                f"reached (the fleet has {self._num_devices})"
+                f"the server strategy waits for more devices than the {len(self._nodes)} that can "
+                f"be reached (the fleet has {self._num_devices})"
             )
-        return nodes
+        return self._nodes.copy()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Execute instructions; their replies arrive on the virtual clock."""
         instructions = list(messages)
         self._polls = 0
         identifiers = [f"{next(self._ids):032x}" for _ in instructions]
-        reachable = {device + 1 for device in self.available}
+        reachable = set(self._nodes)
         sent: list[Message] = []
         for identifier, message in zip(identifiers, instructions, strict=True):
             compat.set_message_id(message, identifier)
@@ -146,19 +155,26 @@ class FleetGrid(Grid):
         end = latest if timeout_s is None else min(latest, self.clock_s + timeout_s)
         self.clock_s = max(self.clock_s, end)
 
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass in which devices were asked without messages."""
+        self._polls = 0
+        self.clock_s += seconds
+
     def _file(self, message: Message, delivery: Delivery) -> None:
         """Address a reply. One that takes longer than the instruction's ttl is an error."""
         ttl, reply = message.metadata.ttl, delivery.reply
         latency_s = delivery.latency_s
         if latency_s > ttl:
-            reply = Error(
-                compat.ErrorCode.EXPIRED,
-                f"the reply took {latency_s:.1f} s of virtual time, the deadline is {ttl:.1f} s",
-            )
+            reply = Error(compat.ErrorCode.EXPIRED, too_late(latency_s, ttl))
             latency_s = ttl
         answer = Message(reply, reply_to=message)
         compat.set_message_id(answer, f"{next(self._ids):032x}")
         self._waiting[message.metadata.message_id] = (self.clock_s + latency_s, answer)
+
+
+def too_late(latency_s: float, ttl_s: float) -> str:
+    """Return why a reply is not taken."""
+    return f"the reply took {latency_s:.1f} s of virtual time, the deadline is {ttl_s:.1f} s"
 
 
 def fork(content: RecordDict) -> RecordDict:

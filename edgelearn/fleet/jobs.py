@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelearn.federated import egress
+
 Integers = NDArray[np.int64]
+_log = logging.getLogger(__name__)  # a simulated device's own log
 
 
 class Phase(enum.StrEnum):
@@ -107,6 +112,17 @@ class CohortFit:
     def __len__(self) -> int:
         return len(self.devices)
 
+    def of(self, rows: Integers) -> CohortFit:
+        """Return some rows as a cohort of their own."""
+        return replace(
+            self,
+            devices=self.devices[rows],
+            begun=self.begun[rows],
+            consolidated=self.consolidated[rows],
+            read_slots=self.read_slots[rows],
+            write_slots=self.write_slots[rows],
+        )
+
     def jobs(self, rows: Iterable[int], costs: Integers) -> list[Job]:
         """Return the jobs of some rows, one for each device; `costs` [K] is in samples."""
         return [
@@ -137,6 +153,7 @@ class CohortDone:
         loss: Mean loss over its steps.
         num_steps: Its steps.
         num_samples: Samples that passed through training.
+        norms: Euclidean norm of each update.
         progress: Experiences begun and consolidated now [K, 2].
         checksums: Row -> checksum of the new memory, where one was written.
         errors: Row -> why it failed.
@@ -147,6 +164,7 @@ class CohortDone:
     loss: NDArray[np.float64]
     num_steps: Integers
     num_samples: Integers
+    norms: NDArray[np.float64]
     progress: Integers
     checksums: dict[int, int] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
@@ -158,7 +176,8 @@ class CohortDone:
         size = len(cohort)
         counts = [np.zeros(size, np.int64) for _ in range(3)]
         progress = np.stack([cohort.begun, cohort.consolidated], axis=1)
-        return cls(counts[0], np.zeros(size), counts[1], counts[2], progress)
+        losses, norms = np.zeros(size), np.zeros(size)
+        return cls(counts[0], losses, counts[1], counts[2], norms, progress)
 
     def take(self, done: Done) -> None:
         """Fill in the row of one job."""
@@ -177,22 +196,33 @@ class CohortDone:
         if done.checksum is not None:
             self.checksums[row] = done.checksum
 
-    def row(self, row: int) -> Done:
-        """Return what came of one device, as of its job."""
-        if row in self.errors:
-            return Done(row, error=self.errors[row], died=row in self.died)
-        begun, consolidated = self.progress[row].tolist()
-        return Done(
-            row,
-            {
-                "num-examples": int(self.num_examples[row]),
-                "loss": float(self.loss[row]),
-                "num-steps": int(self.num_steps[row]),
-            },
-            (begun, consolidated),
-            self.checksums.get(row),
-            int(self.num_samples[row]),
-        )
+    def put(self, rows: Sequence[int], part: CohortDone) -> None:
+        """Fill in what came of some rows."""
+        for name in ("num_examples", "loss", "num_steps", "num_samples", "norms", "progress"):
+            getattr(self, name)[rows] = getattr(part, name)
+        self.checksums.update({rows[i]: checksum for i, checksum in part.checksums.items()})
+        self.errors.update({rows[i]: reason for i, reason in part.errors.items()})
+        self.died.update(rows[i] for i in part.died)
+
+    def of(self, index: int, row: int) -> Done:
+        """Return one device's result, as that of a job with a row of its own."""
+        died = index in self.died
+        if index in self.errors:
+            return Done(row, error=self.errors[index], died=died)
+        metrics = {
+            "num-examples": int(self.num_examples[index]),
+            "loss": float(self.loss[index]),
+            "num-steps": int(self.num_steps[index]),
+        }
+        begun, consolidated = self.progress[index].tolist()
+        checksum = self.checksums.get(index)
+        return Done(row, metrics, (begun, consolidated), checksum, int(self.num_samples[index]))
+
+
+def failure(job: Job, error: Exception) -> Done:
+    """Return what the server learns of a device's failure; the device's own log has it all."""
+    _log.warning("device %d: %s: %s", job.device, type(error).__name__, error)
+    return Done(job.row, error=egress.reason_of(error))
 
 
 class Engine(Protocol):
@@ -225,35 +255,17 @@ class Engine(Protocol):
         Args:
             cohort: K devices.
             params: Global parameters [P].
-            updates: Where the updates go [K, P], float32.
+            updates: Where the updates go [K, P], float32; zeros for devices that failed.
+        """
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return sum_k weights_k updates_k [P], added up in the order of rows.
+
+        Rows of weight 0 do not count, whatever they hold.
         """
 
     def close(self) -> None:
         """Release processes and memory."""
-
-
-def cohort_of(jobs: Sequence[Job]) -> CohortFit | None:
-    """Return fit jobs as arrays; None if they are no cohort: other phases, rows or positions."""
-    first = jobs[0] if jobs else None
-    if first is None or first.phase is not Phase.FIT:
-        return None
-    shared = {(j.phase, j.server_round, j.position, j.serial, j.proximal_mu) for j in jobs}
-    if len(shared) > 1 or [job.row for job in jobs] != list(range(len(jobs))):
-        return None
-    columns = np.array(
-        [(j.device, j.begun, j.consolidated, j.read_slot, j.write_slot) for j in jobs], np.int64
-    ).T
-    return CohortFit(
-        devices=columns[0],
-        server_round=first.server_round,
-        position=first.position,
-        begun=columns[1],
-        consolidated=columns[2],
-        read_slots=columns[3],
-        write_slots=columns[4],
-        serial=first.serial,
-        proximal_mu=first.proximal_mu,
-    )
 
 
 def fit_by_jobs(
@@ -267,4 +279,14 @@ def fit_by_jobs(
     done = CohortDone.empty(cohort)
     for result in run(cohort.jobs(range(len(cohort)), costs), params, updates):
         done.take(result)
+    updates[list(done.errors)] = 0
+    done.norms[:] = torch.linalg.vector_norm(updates, dim=1).numpy()
     return done
+
+
+def weighted_sum(updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+    """Return sum_k weights_k updates_k [P]; see `Engine.mean`."""
+    total = torch.zeros(updates.shape[1])
+    for row in np.flatnonzero(weights).tolist():
+        total.add_(updates[row], alpha=float(weights[row]))
+    return total

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgelearn.device.learner import Learner
 from edgelearn.errors import RunError, nearest
-from edgelearn.fleet.batched import why_batched
+from edgelearn.fleet import batched, native, ray
 from edgelearn.scenario.spec import ENGINES
 from edgelearn.scenario.world import World
 
 # Below this much training in a round, starting workers and handing out jobs costs more than a
 # second core gives.
 _WORTH_FLOPS = 20e9
+ONE_WORKER = ("reference", "batched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +25,33 @@ class Plan:
     """The planner's choice.
 
     Attributes:
-        tier: "reference", "batched" or "pool".
-        num_workers: Processes that train.
+        tier: One of `ENGINES`.
+        num_workers: Processes or threads that train.
         reason: Why, for people.
         flops_per_sample: Floating-point operations of one forward pass.
+        inner: The tier that each worker of the ray tier runs.
     """
 
     tier: str
     num_workers: int
     reason: str
     flops_per_sample: float
+    inner: str = ""
 
 
-def make_plan(world: World, *, engine: str = "auto", num_workers: int | None = None) -> Plan:
+def make_plan(
+    world: World, learner: Learner, *, engine: str = "auto", num_workers: int | None = None
+) -> Plan:
     """Choose the engine.
 
     Args:
         world: The scenario's world.
+        learner: Its learner.
         engine: "auto", or a tier by name.
-        num_workers: Processes; None lets the planner choose.
+        num_workers: Processes or threads; None lets the planner choose.
 
     Raises:
-        RunError: If the tier is unknown, or does not go with that many workers.
+        RunError: If the tier is unknown, or can't run the scenario with that many workers.
     """
     if engine not in ENGINES:
         raise RunError(
@@ -52,27 +59,48 @@ def make_plan(world: World, *, engine: str = "auto", num_workers: int | None = N
         )
     if num_workers is not None and num_workers < 1:
         raise RunError(f"got {num_workers} workers; at least 1 is needed")
-    if engine in ("reference", "batched") and (num_workers or 1) > 1:
+    if engine in ONE_WORKER and (num_workers or 1) > 1:
         raise RunError(f"the {engine} engine has one worker, got {num_workers}; use pool")
-    flops = forward_flops(world)
-    cores = os.cpu_count() or 1
-    if engine == "pool":
-        return Plan("pool", num_workers or cores, "asked for", flops)
-    if engine in ("reference", "batched"):
-        return Plan(engine, 1, "asked for", flops)
+    flops, cores = forward_flops(world), os.cpu_count() or 1
+    obstacles = {
+        "native": native.why_not(world, learner),
+        "batched": batched.why_not(world, learner),
+        "ray": None if ray.is_installed() else ray.MISSING,
+    }
+    if (obstacle := obstacles.get(engine)) is not None:
+        raise RunError(f"the {engine} engine can't run this scenario: {obstacle}")
+    quickest = next(
+        (name for name in ("native", "batched") if obstacles[name] is None), "reference"
+    )
+    if engine == "ray":
+        reason = f"asked for; each worker runs the {quickest} tier"
+        return Plan(engine, num_workers or cores, reason, flops, quickest)
+    if engine != "auto":
+        workers = 1 if engine in ONE_WORKER else num_workers or cores
+        return Plan(engine, workers, "asked for", flops)
+    if quickest == "native":
+        covers = "compiled code covers the network and the strategy"
+        return Plan("native", num_workers or cores, covers, flops)
+    tier, workers, reason = _without_compiler(world, flops, num_workers, cores, quickest)
+    return Plan(tier, workers, f"{reason}; not native: {obstacles['native']}", flops)
+
+
+def _without_compiler(
+    world: World, flops: float, num_workers: int | None, cores: int, alone: str
+) -> tuple[str, int, str]:
+    """Return tier, workers and reason among the tiers that need torch alone."""
+    if num_workers is not None and num_workers > 1:
+        return "pool", num_workers, f"{num_workers} workers asked for"
+    if alone == "batched":
+        return "batched", 1, "networks of many devices fit into the cache at once"
     if num_workers is not None:
-        tier = "pool" if num_workers > 1 else "reference"
-        return Plan(tier, num_workers, f"{num_workers} worker(s) asked for", flops)
+        return "reference", 1, "1 worker asked for"
     spec = world.scenario
     mean_samples = len(world.train.y) / spec.fleet.num_devices / spec.stream.num_experiences
     work = 3 * flops * mean_samples * spec.client.epochs * spec.fleet.cohort
     if cores > 1 and work >= _WORTH_FLOPS:
-        return Plan("pool", cores, f"{work / 1e9:.3g} GFLOP a round is worth {cores} cores", flops)
-    if (reason := why_batched(world)) is not None:
-        return Plan("batched", 1, reason, flops)
-    return Plan(
-        "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers", flops
-    )
+        return "pool", cores, f"{work / 1e9:.3g} GFLOP a round is worth {cores} cores"
+    return "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers"
 
 
 def forward_flops(world: World) -> float:

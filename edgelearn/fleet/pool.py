@@ -2,7 +2,8 @@
 
 Workers are started once. Pipes carry jobs and results, never tensors. Each worker has a pipe of
 its own and gets its next jobs when it is done with the last, the longest jobs first: who does what
-has no effect on the result. A worker that dies is replaced; the jobs it had are recorded as failed.
+has no effect on the result. A worker that dies is replaced, and the job it was at is recorded as
+failed; a group that it was evaluating is done one device at a time, which shows whose fault it was.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 import torch.multiprocessing
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.errors import RunError
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs
+from edgelearn.fleet.evaluation import pieces
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
 from edgelearn.fleet.workbench import Workbench
 from edgelearn.scenario.world import World
 
@@ -34,7 +38,7 @@ _PRELOAD = ["torch", "edgelearn.fleet.workbench"]
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    jobs: list[Job]
+    pieces: list[list[Job]]  # without what it has reported
 
 
 @final
@@ -53,6 +57,7 @@ class PoolEngine:
         size = world.model().layout.size
         self._params = torch.zeros(size)
         self._updates = torch.zeros(cohort, size)
+        self._world = world
         samples = (world.train.x, world.train.y, world.test.x, world.test.y)
         for tensor in (self._params, self._updates, *samples):
             tensor.share_memory_()  # type: ignore[no-untyped-call]
@@ -96,13 +101,18 @@ class PoolEngine:
         return fit_by_jobs(self.run, cohort, costs, params, updates)
 
     def _run_wave(self, jobs: Sequence[Job], updates: Tensor) -> list[Done]:
-        queue = deque(sorted(jobs, key=lambda job: (-job.cost, job.row)))
+        queue = deque(
+            sorted(
+                pieces(self._world, jobs),
+                key=lambda piece: (-sum(job.cost for job in piece), piece[0].row),
+            )
+        )
         done: dict[int, Done] = {}
         while len(done) < len(jobs):
             for worker in self._workers:
-                if queue and not worker.jobs:
+                if queue and not worker.pieces:
                     self._hand_out(worker, queue)
-            sources: list[Any] = [worker.pipe for worker in self._workers if worker.jobs]
+            sources: list[Any] = [worker.pipe for worker in self._workers if worker.pieces]
             for pipe in wait(sources):
                 worker = next(w for w in self._workers if w.pipe is pipe)
                 self._take_in(worker, queue, done)
@@ -110,6 +120,10 @@ class PoolEngine:
         if updates.numel():
             updates[with_update] = self._updates[with_update]
         return [done[job.row] for job in jobs]
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return sum_k weights_k updates_k [P], added up in the order of rows."""
+        return weighted_sum(updates, weights)
 
     def close(self) -> None:
         """End the workers."""
@@ -124,28 +138,33 @@ class PoolEngine:
                 worker.process.join()
         self._workers.clear()
 
-    def _hand_out(self, worker: _Worker, queue: deque[Job]) -> None:
-        # A few jobs at once while there are many: a pipe's round trip costs as much as a tiny job.
+    def _hand_out(self, worker: _Worker, queue: deque[list[Job]]) -> None:
+        # A few at once while there are many: a pipe's round trip costs as much as a tiny job.
         count = max(1, len(queue) // (4 * len(self._workers)))
-        worker.jobs = [queue.popleft() for _ in range(min(count, len(queue)))]
+        worker.pieces = [queue.popleft() for _ in range(min(count, len(queue)))]
         with contextlib.suppress(OSError):  # it died: reading its pipe will tell
-            worker.pipe.send(worker.jobs)
+            worker.pipe.send(worker.pieces)
 
-    def _take_in(self, worker: _Worker, queue: deque[Job], done: dict[int, Done]) -> None:
+    def _take_in(self, worker: _Worker, queue: deque[list[Job]], done: dict[int, Done]) -> None:
         try:
             result: Done = worker.pipe.recv()
         except (EOFError, OSError):
-            # It died at the first job that it has not reported; the others go to another worker.
+            # It died at the first piece that it has not reported; the others go to another worker.
             worker.process.join(timeout=5)
             code = worker.process.exitcode
-            lost, *others = worker.jobs
-            reason = f"its worker process died (exit code {code})"
-            done[lost.row] = Done(lost.row, error=reason, died=True)
+            lost, *others = worker.pieces
             queue.extendleft(reversed(others))
+            if len(lost) > 1:
+                queue.extendleft([job] for job in reversed(lost))
+            else:
+                reason = f"its worker process died (exit code {code})"
+                done[lost[0].row] = Done(lost[0].row, error=reason, died=True)
             worker.pipe.close()
             self._workers[self._workers.index(worker)] = self._start()
             return
-        del worker.jobs[0]
+        del worker.pieces[0][0]
+        if not worker.pieces[0]:
+            del worker.pieces[0]
         done[result.row] = result
 
     def _start(self) -> _Worker:
@@ -181,8 +200,13 @@ def _work(
     pipe.send(None)
     none = torch.empty(0)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while (jobs := pipe.recv()) is not None:
-            for job in jobs:
-                update = updates[job.row] if job.phase is Phase.FIT else none
-                pipe.send(bench.perform(job, params, update))
+        while (work := pipe.recv()) is not None:
+            for piece in work:
+                if piece[0].phase is Phase.EVALUATE:
+                    for result in bench.evaluate(piece, params):
+                        pipe.send(result)
+                    continue
+                for job in piece:
+                    update = updates[job.row] if job.phase is Phase.FIT else none
+                    pipe.send(bench.perform(job, params, update))
     os._exit(0)  # skip torch's slow teardown; everything is in shared memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ import edgelearn.federated._flwr_compat as compat
 from edgelearn.device.fleet_store import FleetStore
 from edgelearn.device.learner import Learner, make_learner
 from edgelearn.device.profile import Profile, assign
-from edgelearn.errors import Fault, RunError, ScenarioError
+from edgelearn.errors import Fault, RunError, ScenarioError, nearest
 from edgelearn.federated import rundir
+from edgelearn.federated.by_cohort import AVERAGING, ByCohort, averages
+from edgelearn.federated.by_message import ByMessage
 from edgelearn.federated.checkpoint import Checkpoint
+from edgelearn.federated.exchange import Exchange, Run
 from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
-from edgelearn.fleet.batched import BatchedEngine
-from edgelearn.fleet.jobs import Engine
+from edgelearn.fleet.engines import open_engine
 from edgelearn.fleet.plan import Plan, make_plan
-from edgelearn.fleet.pool import PoolEngine
-from edgelearn.fleet.reference import ReferenceEngine
+from edgelearn.fleet.reference import one_thread
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
 from edgelearn.runtime.protocol import make_runtime
-from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.spec import FEDERATIONS, Scenario
 from edgelearn.scenario.world import World, build
 
 from flwr.serverapp.strategy import Strategy  # isort: skip
@@ -43,6 +44,7 @@ def simulate(
     *,
     out: str | Path | None = None,
     engine: str = "auto",
+    federation: str = "auto",
     num_workers: int | None = None,
     on_round: OnRound | None = None,
     checkpoint_every_s: float = 1.0,
@@ -52,8 +54,11 @@ def simulate(
     Args:
         scenario: What to run.
         out: Run directory to create; None keeps the record in memory only.
-        engine: "auto", "reference", "batched" or "pool". Reference and pool give the same bits,
-            batched the same up to rounding.
+        engine: "auto" or one of `edgelearn.scenario.spec.ENGINES`; no effect on the result beyond
+            rounding.
+        federation: "faithful" sends a Flower message to each device, "fused" hands the server
+            strategy one reply with the cohort's mean, "auto" takes the latter where the strategy
+            does nothing but average; no effect on the result beyond rounding.
         num_workers: Worker processes; None lets the planner choose. No effect on the result.
         on_round: Called after every round.
         checkpoint_every_s: Least wall time between checkpoints; 0 makes one after every round.
@@ -65,7 +70,7 @@ def simulate(
         ScenarioError: If the scenario does not fit together.
         RunError: If the run can't go on, or `out` holds a run already.
     """
-    options = _Options(engine, num_workers, on_round, checkpoint_every_s)
+    options = _Options(engine, federation, num_workers, on_round, checkpoint_every_s)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="edgelearn-") as scratch:
             return _run(_prepare(scenario, options), MemoryJournal(), Path(scratch), None)[1]
@@ -83,6 +88,7 @@ def resume(
     directory: str | Path,
     *,
     engine: str = "auto",
+    federation: str = "auto",
     num_workers: int | None = None,
     on_round: OnRound | None = None,
     checkpoint_every_s: float = 1.0,
@@ -97,9 +103,21 @@ def resume(
     scenario = rundir.scenario_of(directory)
     if (record := rundir.finished(directory)) is not None:
         return record
-    options = _Options(engine, num_workers, on_round, checkpoint_every_s)
     with rundir.locked(directory):
-        checkpoint = FileJournal(directory).resume()
+        journal = FileJournal(directory)
+        checkpoint = journal.resume()
+        if checkpoint is not None:  # go on as it began: other ways agree to rounding, no further
+            began = journal.record().run["engine"]
+            if engine == "auto":
+                tier = began["tier"]
+                engine = "pool" if tier == "reference" and (num_workers or 1) > 1 else tier
+            if federation not in ("auto", began["federation"]):
+                raise RunError(
+                    f"{directory}: the run is federated {began['federation']}, and can't go on "
+                    f"{federation}: the server strategy's state differs"
+                )
+            federation = began["federation"]
+        options = _Options(engine, federation, num_workers, on_round, checkpoint_every_s)
         return _run_in(directory, _prepare(scenario, options), checkpoint)
 
 
@@ -108,6 +126,7 @@ class _Options:
     """How to run, without effect on the result."""
 
     engine: str
+    federation: str
     num_workers: int | None
     on_round: OnRound | None
     checkpoint_every_s: float
@@ -122,6 +141,7 @@ class _Setup:
     strategy: Strategy
     profiles: tuple[Profile, ...]
     plan: Plan
+    is_fused: bool
     options: _Options
 
 
@@ -132,8 +152,25 @@ def _prepare(scenario: Scenario, options: _Options) -> _Setup:
     make_runtime(scenario.runtime.name, scenario.runtime.args)
     profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
     _check_budgets(learner, profiles, scenario)
-    plan = make_plan(world, engine=options.engine, num_workers=options.num_workers)
-    return _Setup(world, learner, make_server_strategy(scenario), profiles, plan, options)
+    plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
+    strategy = make_server_strategy(scenario)
+    fused = _is_fused(strategy, options.federation)
+    return _Setup(world, learner, strategy, profiles, plan, fused, options)
+
+
+def _is_fused(strategy: Strategy, asked: str) -> bool:
+    if asked not in FEDERATIONS:
+        raise RunError(
+            f"unknown federation {asked!r}{nearest(asked, FEDERATIONS)}; allowed: "
+            f"{', '.join(FEDERATIONS)}"
+        )
+    if asked == "fused" and not averages(strategy):
+        raise RunError(
+            f"fused federation needs a server strategy that only averages "
+            f"({', '.join(kind.__name__ for kind in AVERAGING)}), not {type(strategy).__name__}; "
+            "use faithful"
+        )
+    return asked != "faithful" and averages(strategy)
 
 
 def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> RunRecord:
@@ -145,6 +182,13 @@ def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> Ru
 def _run(
     setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
 ) -> tuple[Tensor, RunRecord]:
+    with one_thread():
+        return _run_on_one_thread(setup, journal, directory, checkpoint)
+
+
+def _run_on_one_thread(
+    setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
+) -> tuple[Tensor, RunRecord]:
     started, cpu = time.perf_counter(), rundir.cpu_s()
     world, learner, plan = setup.world, setup.learner, setup.plan
     scenario = world.scenario
@@ -154,9 +198,9 @@ def _run(
         scenario.fleet.num_devices,
         None if checkpoint is None else tables_of(checkpoint.tensors),
     )
-    with _engine(world, store, plan) as engine:
+    with contextlib.closing(open_engine(world, store.path, plan)) as engine:
         if checkpoint is None:
-            journal.append(rundir.run_line(scenario, world, learner, engine_of(plan)))
+            journal.append(rundir.run_line(scenario, world, learner, _engine_line(setup)))
         fleet = SimulatedFleet(
             world,
             engine,
@@ -165,12 +209,14 @@ def _run(
             learner.model.layout,
             flops_per_sample=plan.flops_per_sample,
         )
+        whole = Run(scenario, world.stream, learner.model.layout, setup.strategy)
+        exchange: Exchange = ByMessage(whole, fleet.grid, fleet)
+        if setup.is_fused:
+            exchange = ByCohort(whole, fleet)
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,
-            layout=learner.model.layout,
-            strategy=setup.strategy,
-            grid=fleet.grid,
+            exchange=exchange,
             fleet=fleet,
             journal=journal,
             on_round=setup.options.on_round,
@@ -182,29 +228,15 @@ def _run(
     return params, journal.record()
 
 
-@contextlib.contextmanager
-def _engine(world: World, store: FleetStore, plan: Plan) -> Iterator[Engine]:
-    engine: Engine
-    if plan.tier == "pool":
-        engine = PoolEngine(
-            world,
-            store.path,
-            num_workers=plan.num_workers,
-            cohort=world.scenario.fleet.cohort,
-        )
-    elif plan.tier == "batched":
-        engine = BatchedEngine(world, store.path)
-    else:
-        engine = ReferenceEngine(world, store.path)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def engine_of(plan: Plan) -> dict[str, Any]:
+def _engine_line(setup: _Setup) -> dict[str, Any]:
     """Return the record's description of an engine."""
-    return {"tier": plan.tier, "workers": plan.num_workers, "reason": plan.reason}
+    plan = setup.plan
+    return {
+        "tier": plan.tier,
+        "workers": plan.num_workers,
+        "reason": plan.reason,
+        "federation": "fused" if setup.is_fused else "faithful",
+    }
 
 
 def _check_budgets(learner: Learner, profiles: Sequence[Profile], scenario: Scenario) -> None:

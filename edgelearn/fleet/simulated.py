@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.device.fleet_store import FleetStore, Tables
 from edgelearn.device.profile import Profile
 from edgelearn.errors import RunError
+from edgelearn.federated.by_cohort import Asked, CohortUpdates, Failures
 from edgelearn.fleet.cohort import CohortExecutor
 from edgelearn.fleet.grid import FleetGrid
-from edgelearn.fleet.jobs import Engine
+from edgelearn.fleet.jobs import Engine, Phase
 from edgelearn.params import Layout
 from edgelearn.scenario.world import World
 from edgelearn.seeds import numpy_generator
@@ -38,9 +41,10 @@ class SimulatedFleet:
         *,
         flops_per_sample: float,
     ) -> None:
-        self._scenario, self._store = world.scenario, store
+        self._scenario, self._store, self._engine = world.scenario, store, engine
         self._availability = np.array([profile.availability for profile in profiles])
-        executor = CohortExecutor(
+        self._is_always_there = bool((self._availability >= 1).all())
+        self._executor = executor = CohortExecutor(
             world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
         )
         self.grid = FleetGrid(executor, num_devices=len(profiles), seed=world.scenario.seed)
@@ -60,11 +64,13 @@ class SimulatedFleet:
         Raises:
             RunError: If they stay too few.
         """
+        if self._is_always_there and min_devices <= len(self._availability):
+            return
         for attempt in range(_MAX_WAITS):
             generator = numpy_generator(self._scenario.seed, "availability", server_round, attempt)
             reachable = generator.random(len(self._availability)) < self._availability
             if reachable.sum() >= min_devices:
-                self.grid.available = [int(d) for d in np.flatnonzero(reachable)]
+                self.grid.available = np.flatnonzero(reachable).tolist()
                 return
             self.grid.clock_s += _WAIT_S
         raise RunError(
@@ -76,6 +82,38 @@ class SimulatedFleet:
         """Let virtual time pass until the replies are here."""
         self.grid.advance(message_ids)
         return self.grid.pull_messages(message_ids)
+
+    # -- asked as one ------------------------------------------------------------------------------
+
+    def reachable(self) -> NDArray[np.int64]:
+        """Return the devices that can be reached now."""
+        return np.array([*self.grid.available], np.int64)
+
+    def fit(self, asked: Asked) -> Iterator[CohortUpdates]:
+        """Let devices train in waves; then virtual time has passed."""
+        longest = 0.0
+        for found, seconds in self._executor.fit(asked):
+            yield found
+            longest = max(longest, seconds)
+        self.grid.pass_time(longest)
+
+    def consolidate(self, asked: Asked) -> Failures:
+        """Let devices consolidate, and virtual time pass."""
+        _, failures, seconds = self._executor.ask(asked, Phase.CONSOLIDATE)
+        self.grid.pass_time(seconds)
+        return failures
+
+    def evaluate(self, asked: Asked) -> tuple[Sequence[Mapping[str, Any]], Failures]:
+        """Let devices evaluate, and virtual time pass."""
+        metrics, failures, seconds = self._executor.ask(asked, Phase.EVALUATE)
+        self.grid.pass_time(seconds)
+        return metrics, failures
+
+    def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
+        """Return the weighted sum of updates, added up in the order of the cohort."""
+        return self._engine.mean(updates, weights)
+
+    # -- durable state -----------------------------------------------------------------------------
 
     def commit(self) -> Mapping[str, Tensor]:
         """Make the devices' new states durable; return the tables of the store."""

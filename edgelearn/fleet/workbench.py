@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from edgelearn.device.evaluate import evaluate
+from edgelearn.device.evaluate import Counts, Trial, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
 from edgelearn.device.learner import DeviceState, make_learner
 from edgelearn.federated import egress
-from edgelearn.fleet.jobs import Done, Job, Phase
+from edgelearn.fleet.evaluation import evaluate_jobs
+from edgelearn.fleet.jobs import Done, Job, Phase, failure
 from edgelearn.runtime.protocol import Prepared, make_runtime
 from edgelearn.scenario.samples import Samples, SampleStore
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
-
-_log = logging.getLogger(__name__)  # a simulated device's own log
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,6 @@ class SimulatedData:
     def samples(self, position: int) -> Samples:
         """Return its training samples of that experience."""
         return self.world.train_samples(self.device, position)
-
-
-def failure(device: int, error: Exception) -> str:
-    """Note an exception in the device's log; return what the server may know of it."""
-    _log.warning("device %d: %s: %s", device, type(error).__name__, error)
-    return egress.reason_of(error)
 
 
 class Workbench:
@@ -75,19 +67,27 @@ class Workbench:
 
         Whatever goes wrong is this device's failure, not the run's.
         """
+        if job.phase is Phase.EVALUATE:
+            return self.evaluate([job], params)[0]
         try:
             return self._perform(job, params, update)
         except Exception as error:
-            return Done(job.row, error=failure(job.device, error))
+            return failure(job, error)
+
+    def evaluate(self, jobs: Sequence[Job], params: Tensor) -> list[Done]:
+        """Do the evaluations of a group in one pass; a failure is its device's, not the group's."""
+
+        def measure(trials: Sequence[Trial]) -> list[Counts]:
+            prepared = self._prepare(jobs[0].serial, params)
+            return evaluate_group(self._learner.model, params, prepared, trials)
+
+        schema = self._schemas[Phase.EVALUATE]
+        return evaluate_jobs(jobs, trial_of=self._trial, measure=measure, schema=schema)
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
         data = SimulatedData(self._world, job.device)
         state = self._state(job)
         schema = self._schemas[job.phase]
-        if job.phase is Phase.EVALUATE:
-            metrics = self._evaluate(job, state, params, data)
-            schema.admit({}, metrics)
-            return Done(job.row, metrics)
         if job.phase is Phase.CONSOLIDATE:
             new = self._learner.consolidate(state, params, data, upto=job.position + 1)
             metrics = {"num-examples": len(data.samples(job.position))}
@@ -123,27 +123,20 @@ class Workbench:
             return progress, None
         return progress, self._file.write(job.device, job.write_slot, new.memory)
 
-    def _evaluate(
-        self, job: Job, state: DeviceState, params: Tensor, data: SimulatedData
-    ) -> dict[str, object]:
-        if self._prepared is None or self._prepared[0] != job.serial:
+    def _trial(self, job: Job) -> Trial:
+        data = SimulatedData(self._world, job.device)
+        held = self._learner.held_ids(self._state(job), data.samples(job.position))
+        return Trial(
+            Samples(self._world.train, held[: self._world.scenario.runtime.num_calibration]),
+            [
+                self._world.test_samples(job.device, experience_id)
+                for experience_id in range(self._world.stream.num_experiences)
+            ],
+        )
+
+    def _prepare(self, serial: int, params: Tensor) -> Prepared:
+        if self._prepared is None or self._prepared[0] != serial:
             model = self._learner.model
             model.module.eval()
-            self._prepared = (job.serial, self._runtime.prepare(model, params))
-        held = self._learner.held_ids(state, data.samples(job.position))
-        calibration = self._world.train.batch(
-            held[: self._world.scenario.runtime.num_calibration]
-        ).x
-        tests = [
-            self._world.test_samples(job.device, experience_id)
-            for experience_id in range(self._world.stream.num_experiences)
-        ]
-        with torch.no_grad():
-            counts = evaluate(self._learner.model, params, self._prepared[1], calibration, tests)
-        return {
-            "num-examples": sum(counts.count),
-            "model-bytes": counts.model_bytes,
-            "count": list(counts.count),
-            "served": list(counts.served),
-            "float": list(counts.float_),
-        }
+            self._prepared = (serial, self._runtime.prepare(model, params))
+        return self._prepared[1]

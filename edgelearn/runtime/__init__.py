@@ -2,5 +2,6 @@
 
 `protocol` says what a runtime is; `int8` is the reference one (integer arithmetic, exactly);
 `float` serves the float model. To add one, write a class with `prepare` and name it in the
-entry-point group `edgelearn.runtimes`.
+entry-point group `edgelearn.runtimes`. If what it prepares is a `GroupPrepared`, a simulated fleet
+is evaluated many devices at a time, wherever the network keeps rows apart (`rows` decides).
 """

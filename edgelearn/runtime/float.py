@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from edgelearn.params import FlatModel
+from edgelearn.runtime.protocol import GroupPrepared, Rows
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class FloatPredictor:
+class FloatPredictor(GroupPrepared):
     """Float parameters, executed by torch."""
 
+    serves_float: ClassVar[bool] = True
     model: FlatModel
     params: Tensor
 
@@ -30,6 +33,32 @@ class FloatPredictor:
     def calibrated(self, calibration: Tensor) -> FloatPredictor:  # noqa: ARG002
         """Nothing to calibrate."""
         return self
+
+    def calibrated_group(
+        self,
+        calibration: Iterable[Rows],  # noqa: ARG002
+        *,
+        num_devices: int,  # noqa: ARG002
+    ) -> FloatGroupPredictor:
+        """Nothing to calibrate."""
+        return FloatGroupPredictor(self)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FloatGroupPredictor:
+    """The same float model on every device."""
+
+    alone: FloatPredictor
+
+    @property
+    def model_bytes(self) -> int:
+        """Four bytes for each parameter."""
+        return self.alone.model_bytes
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Return logits [n, C]."""
+        return self.alone(rows.x)
 
 
 @final

@@ -9,14 +9,16 @@ Linear and convolution layers are quantized; what is between them stays float.
 
 Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 2. Torch has no fast
-integer kernels on all processors, so the integers travel in floating-point registers wide enough
-to hold every partial sum: the numbers are those of an integer kernel, the speed is not.
+integer kernels on all processors, so the integers travel in floating-point registers: float32
+holds every partial sum of 518 products, so longer sums are added up slice by slice. The numbers
+are those of an integer kernel, the speed is not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 from weakref import WeakKeyDictionary
@@ -28,13 +30,19 @@ from torch.func import functional_call
 
 from edgelearn.compress.quantize import activation_scale, quantize_weight
 from edgelearn.params import FlatModel
+from edgelearn.runtime.protocol import GroupPrepared, Rows
 
 Layer = nn.Linear | nn.Conv2d
-_FLOAT32_EXACT = 2**24
+# Products |x_q - z| |w_q| <= 255 * 127 whose sums float32 holds exactly, in any order.
+_NUM_PRODUCTS = 2**24 // (255 * 127)
 
 
 class _QuantizedLayer(nn.Module):
-    """A layer that reads its integers from buffers, which the predictor binds."""
+    """A layer that reads its integers from buffers, which the predictor binds.
+
+    A range is one for all rows ([]) or one for each device of a group ([D]), where `owner` [n] says
+    whose each row is. A range with high < low is unknown: such rows have their own.
+    """
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -46,48 +54,114 @@ class _QuantizedLayer(nn.Module):
             if layer.padding_mode != "zeros":  # padded with inputs, as torch does it
                 self.border = (layer._reversed_padding_repeated_twice, layer.padding_mode)
                 self.padding = (0, 0)
-            fan_in = layer.weight[0].numel()
-        else:
-            fan_in = layer.in_features
-        # Largest partial sum of products |x_q - z| <= 255, |w_q| <= 127.
-        wide = fan_in * 255 * 127 >= _FLOAT32_EXACT
-        self.accumulator = torch.float64 if wide else torch.float32
-        self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=torch.int8))
+        self.terms = _terms(layer)
+        self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=_accumulator(layer)))
         self.register_buffer("scale", torch.ones(len(layer.weight)))
         self.register_buffer("bias", torch.zeros(len(layer.weight)))
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.full((), -1.0))
+        for leaf, value in _unknown_range().items():
+            self.register_buffer(leaf, value)
 
     codes: Tensor
     scale: Tensor
     bias: Tensor
     low: Tensor
     high: Tensor
+    owner: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         channel = (1, -1, 1, 1) if self.is_conv else (-1,)
-        if self.high < self.low:  # not calibrated: the range of each input
-            rows = x.reshape(len(x), -1)
-            low, high = rows.amin(1), rows.amax(1)
-            step, zero = activation_scale(low, high)
-            shape = (-1, *[1] * (x.dim() - 1))
-            step, zero = step.view(shape), zero.view(shape)
-        else:
-            step, zero = activation_scale(self.low, self.high)
-        centred = torch.clamp(torch.round(x / step) + zero, 0, 255) - zero
-        codes = self.codes.to(self.accumulator)
-        centred = centred.to(self.accumulator)
-        if self.is_conv:
-            if self.border is not None:
-                centred = F.pad(centred, self.border[0], mode=self.border[1])
-            total = F.conv2d(
-                centred, codes, None, self.stride, self.padding, self.dilation, self.groups
-            )
-        else:
-            total = F.linear(centred, codes)
+        low, high, index = self._ranges(x)
+        step, zero = (t.view(-1, *[1] * (x.dim() - 1)) for t in activation_scale(low, high))
         unit = step.double() * self.scale.double().view(channel)
         bias = torch.round(self.bias.double().view(channel) / unit).clamp(-(2**31), 2**31 - 1)
-        return ((total.double() + bias) * unit).to(torch.float32)
+        if index is not None:
+            step, zero, unit, bias = (t.index_select(0, index) for t in (step, zero, unit, bias))
+        centred = torch.div(x, step).round_().add_(zero).clamp_(0, 255).sub_(zero)
+        total = self._sum(centred.to(self.codes.dtype))
+        return total.add_(bias).mul_(unit).to(torch.float32)
+
+    def _ranges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return R ranges, and which of them each row has [n].
+
+        None: the only one, or as many as there are rows.
+        """
+        low, high, owner = self.low, self.high, self.owner
+        unknown = high < low
+        if low.dim() == 0:
+            if not unknown:
+                return low, high, None
+            rows = x.reshape(len(x), -1)
+            return rows.amin(1), rows.amax(1), None
+        if len(owner) != len(x):
+            raise ValueError(
+                f"a layer got {len(x)} rows for {len(owner)} inputs: the network can't be "
+                "asked for several devices at once"
+            )
+        if not unknown.any():
+            return low, high, owner
+        places = unknown[owner].nonzero().flatten()
+        rows = x[places].flatten(1)
+        index = owner.clone()
+        index[places] = len(low) + torch.arange(len(places))
+        return torch.cat([low, rows.amin(1)]), torch.cat([high, rows.amax(1)]), index
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Return sum x_q w_q, float64: exact within each slice of terms, and exact between them."""
+        if not self.is_conv:
+            parts = (F.linear(x[..., t], self.codes[:, t]) for t in self.terms)
+            return _added(parts)
+        if self.border is not None:
+            x = F.pad(x, self.border[0], mode=self.border[1])
+        return _added(
+            F.conv2d(
+                _channels(x, t, self.groups),
+                self.codes[:, t],
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+            )
+            for t in self.terms
+        )
+
+
+def _unknown_range() -> dict[str, Tensor]:
+    """Return the buffers of a layer that is not calibrated."""
+    nobody = torch.empty(0, dtype=torch.int64)
+    return {"low": torch.zeros(()), "high": torch.full((), -1.0), "owner": nobody}
+
+
+def _added(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts).to(torch.float64)
+    for part in parts:
+        total.add_(part)
+    return total
+
+
+def _channels(x: Tensor, which: slice, groups: int) -> Tensor:
+    """Return some input channels of each group of a convolution."""
+    if groups == 1:
+        return x[..., which, :, :]
+    apart = x.reshape(*x.shape[:-3], groups, -1, *x.shape[-2:])
+    return apart[..., which, :, :].flatten(-4, -3)
+
+
+def _accumulator(layer: Layer) -> torch.dtype:
+    """Return the type that holds the sums; float64 only where a channel is too much for float32."""
+    return torch.float64 if layer.weight[0, 0].numel() > _NUM_PRODUCTS else torch.float32
+
+
+def _terms(layer: Layer) -> list[slice]:
+    """Cut a layer's input features or channels into slices whose sums are exact."""
+    count, area = layer.weight.shape[1], layer.weight[0, 0].numel()
+    if area > _NUM_PRODUCTS:
+        return [slice(None)]
+    num_slices = -(-count // (_NUM_PRODUCTS // area))
+    if num_slices == 1:
+        return [slice(None)]
+    width = -(-count // num_slices)
+    return [slice(start, start + width) for start in range(0, count, width)]
 
 
 @final
@@ -106,7 +180,25 @@ class Int8Predictor:
 
 
 @final
-class Int8Prepared:
+@dataclass(frozen=True, slots=True)
+class Int8GroupPredictor:
+    """The quantized models of several devices: the same integers, each with its own ranges."""
+
+    skeleton: nn.Module
+    tensors: Mapping[str, Tensor]
+    owners: tuple[str, ...]
+    model_bytes: int
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Return logits [n, C]; bit for bit those of each device's own predictor."""
+        owner = {name: rows.device.view(-1) for name in self.owners}  # one each, see Int8Prepared
+        tensors = {**self.tensors, **owner}
+        out: Tensor = functional_call(self.skeleton, tensors, (rows.x,))
+        return out
+
+
+@final
+class Int8Prepared(GroupPrepared):
     """Integer weights; activation ranges come from each device."""
 
     def __init__(
@@ -122,13 +214,18 @@ class Int8Prepared:
         stored = _stored_names(model.module)
         tensors: dict[str, Tensor] = {}
         num_bytes = 0
-        for name in layers:
-            prefix = f"{name}." if name else ""
+        for name, layer in layers.items():
+            prefix = _prefix(name)
             weight_name, bias_name = stored[f"{prefix}weight"], stored.get(f"{prefix}bias")
             codes, scale = quantize_weight(views[weight_name])
             bias = None if bias_name is None else views[bias_name]
-            tensors[f"{prefix}codes"], tensors[f"{prefix}scale"] = codes, scale
+            tensors[f"{prefix}codes"] = codes.to(_accumulator(layer))  # converted once
+            tensors[f"{prefix}scale"] = scale
             tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
+            # Torch leaves what it binds to a layer with two names there, and takes what is the same
+            # tensor for tied: so everything is always bound, and each layer has tensors of its own.
+            for leaf, value in _unknown_range().items():
+                tensors[f"{prefix}{leaf}"] = value
             # codes, scales, 32-bit biases, and scale and zero point of the activations
             num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
         # What a layer that stays float shares with a quantized one is kept for it.
@@ -141,31 +238,64 @@ class Int8Prepared:
     def calibrated(self, calibration: Tensor) -> Int8Predictor:
         """Observe the range of each layer's input (minimum and maximum) on own inputs."""
         ranges: dict[str, Tensor] = {}
+
+        def observe(prefix: str, x: Tensor) -> None:
+            low, high = torch.aminmax(x)
+            if f"{prefix}low" in ranges:  # a layer that is used twice
+                low = torch.minimum(low, ranges[f"{prefix}low"])
+                high = torch.maximum(high, ranges[f"{prefix}high"])
+            ranges[f"{prefix}low"], ranges[f"{prefix}high"] = low, high
+
         if len(calibration):
-            hooks = [
-                layer.register_forward_pre_hook(_observer(name, ranges))
-                for name, layer in self._layers.items()
-            ]
-            self._model.module.eval()
-            try:
+            with self._observed(observe):
                 self._model(self._params, calibration)
-            finally:
-                for hook in hooks:
-                    hook.remove()
         return Int8Predictor(self._skeleton, {**self._tensors, **ranges}, self._model_bytes)
 
+    def calibrated_group(
+        self, calibration: Iterable[Rows], *, num_devices: int
+    ) -> Int8GroupPredictor:
+        """Observe the ranges of several devices in one pass; without rows a range is unknown."""
+        prefixes = [_prefix(name) for name in self._layers]
+        low = {p: torch.full((num_devices,), float("inf")) for p in prefixes}
+        high = {p: torch.full((num_devices,), float("-inf")) for p in prefixes}
+        device = torch.empty(0, dtype=torch.int64)
 
-def _observer(name: str, ranges: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    prefix = f"{name}." if name else ""
+        def observe(prefix: str, x: Tensor) -> None:
+            rows = x.flatten(1)  # amin and amax apart are faster than aminmax over a dimension
+            low[prefix].scatter_reduce_(0, device, rows.amin(1), "amin")
+            high[prefix].scatter_reduce_(0, device, rows.amax(1), "amax")
 
-    def observe(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        low, high = torch.aminmax(inputs[0])
-        if f"{prefix}low" in ranges:  # a layer that is used twice
-            low = torch.minimum(low, ranges[f"{prefix}low"])
-            high = torch.maximum(high, ranges[f"{prefix}high"])
-        ranges[f"{prefix}low"], ranges[f"{prefix}high"] = low, high
+        with self._observed(observe):
+            for rows in calibration:
+                device = rows.device
+                self._model(self._params, rows.x)
+        ranges = {f"{p}low": low[p] for p in prefixes} | {f"{p}high": high[p] for p in prefixes}
+        owners = tuple(f"{p}owner" for p in prefixes)
+        tensors = {**self._tensors, **ranges}
+        return Int8GroupPredictor(self._skeleton, tensors, owners, self._model_bytes)
 
-    return observe
+    @contextmanager
+    def _observed(self, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show the input of each quantized layer to `observe(prefix, x)`."""
+
+        def hook_of(prefix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _layer, inputs: observe(prefix, inputs[0])
+
+        hooks = [
+            layer.register_forward_pre_hook(hook_of(_prefix(name)))
+            for name, layer in self._layers.items()
+        ]
+        self._model.module.eval()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _prefix(name: str) -> str:
+    """Return what stands before the names of a module's own tensors."""
+    return f"{name}." if name else ""
 
 
 @final

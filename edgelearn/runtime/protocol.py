@@ -1,9 +1,15 @@
-"""Runtime -> Prepared -> Predictor: what every way of serving a model offers."""
+"""Runtime -> Prepared -> Predictor: what every way of serving a model offers.
+
+A runtime that derives its prepared models from `GroupPrepared` can also answer for several devices
+in one pass, which makes a simulated fleet's evaluation cheap. Nothing else needs it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -32,6 +38,57 @@ class Prepared(Protocol):
         Args:
             calibration: The device's own inputs [n, ...]; with none, ranges are taken from each
                 input when it is answered.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Inputs of several devices, one under another.
+
+    Attributes:
+        x: Normalized inputs [n, ...].
+        device: Whose each of them is [n], int64, counted within the group.
+    """
+
+    x: Tensor
+    device: Tensor
+
+
+class GroupPredictor(Protocol):
+    """The models of a group of devices in service."""
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all that one device keeps to answer."""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Return logits [n, C], each row's from the model of its device."""
+
+
+class GroupPrepared(ABC):
+    """Parameters made ready, which can be calibrated for a group of devices at once.
+
+    Only networks that treat each row of a batch on its own are asked in groups (see
+    `edgelearn.runtime.rows`).
+
+    Attributes:
+        serves_float: Whether the logits are those of the float model, so that whoever has these
+            need not ask again.
+    """
+
+    serves_float: ClassVar[bool] = False
+
+    @abstractmethod
+    def calibrated(self, calibration: Tensor) -> Predictor:
+        """Return the predictor of one device, as `Prepared` does."""
+
+    @abstractmethod
+    def calibrated_group(self, calibration: Iterable[Rows], *, num_devices: int) -> GroupPredictor:
+        """Return the predictor of a group, each device calibrated on its own rows.
+
+        Args:
+            calibration: The devices' own inputs, in parts; a device may have none.
+            num_devices: Devices in the group, D; `Rows.device` is in [0, D).
         """
 
 

@@ -126,7 +126,7 @@ class Domains:
 
     def apply(self, stored: Tensor, domain: Tensor) -> Tensor:
         """Return samples [n, ...] as seen in their domains [n], in the stored dtype."""
-        flat = stored.reshape(len(stored), -1)
+        flat = stored.flatten(1)
         if self.index.shape[1] == 1:
             return flat.gather(1, self.index[domain, 0]).view_as(stored)
         out = torch.zeros(flat.shape, dtype=torch.float32)

@@ -21,7 +21,8 @@ STREAMS = ("class-incremental", "task-incremental", "domain-incremental")
 ORDERS = ("shared", "per-device")
 TRANSFORMS = ("permute", "rotate")
 OPTIMIZERS = ("sgd", "adam", "adamw")
-ENGINES = ("auto", "reference", "batched", "pool")
+ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
+FEDERATIONS = ("auto", "faithful", "fused")
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,11 @@ class World:
         """Return a device's own test samples of an experience (by id, not position)."""
         return Samples(self.test, self._test_index.ids(device, experience_id))
 
+    def num_test_samples(self, device: int) -> int:
+        """Return how many test samples a device has, over all experiences."""
+        repeats = 1 if self.stream.splits_classes else self.stream.num_experiences
+        return repeats * len(self.test_parts[device])
+
     def model(self) -> FlatModel:
         """Return the scenario's network with its initial parameters, the same for every call."""
         spec = self.scenario.model

@@ -252,7 +252,9 @@ def fleet(started: Fleet) -> Iterator[Fleet]:
 
 def check_same(overrides: dict[str, Any], out: Path, simulated: Path) -> None:
     """The network's run is the simulator's: final parameters to 1e-6, the record's counts exact."""
-    expected = simulate(load("split-digits", overrides), out=simulated, engine="reference")
+    expected = simulate(
+        load("split-digits", overrides), out=simulated, engine="reference", federation="faithful"
+    )
     record = RunRecord.read(out)
     ours, theirs = (load_file(run / "model.safetensors") for run in (out, simulated))
     assert ours.keys() == theirs.keys()

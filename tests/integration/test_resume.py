@@ -94,14 +94,14 @@ def test_a_crash_at_any_operation_changes_nothing(small: Make, tmp_path: Path, s
 @pytest.mark.slow
 def test_kill_9_of_a_real_process(small: Make, tmp_path: Path) -> None:
     scenario = small(stream={"num_experiences": 3, "rounds_per_experience": 4})
-    simulate(scenario, out=tmp_path / "whole")
+    simulate(scenario, out=tmp_path / "whole", engine="reference")
     file = tmp_path / "scenario.toml"
     file.write_text(to_toml(scenario))
     directory = tmp_path / "killed"
     command = [sys.executable, "-m", "edgelearn.cli", "run", str(file), "--out", str(directory)]
     killed = 0
     for num_lines in (2, 5, 9):
-        process = start([*command, "--checkpoint-every", "0", "--workers", "2"])
+        process = start([*command, "--checkpoint-every", "0", "--engine", "pool"])
         wait_for_lines(directory / "record.jsonl", num_lines, process)
         os.killpg(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL

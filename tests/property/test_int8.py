@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
 from edgelearn.compress.quantize import activation_scale, quantize_weight
 from edgelearn.params import FlatModel
-from edgelearn.runtime.int8 import Int8Runtime
+from edgelearn.runtime.int8 import Int8Runtime, _QuantizedLayer
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 MODERATE = st.floats(-1e4, 1e4, width=32)
@@ -92,3 +92,69 @@ def test_answers_are_finite_and_near_the_float_ones(
     bound = bound + x_step * w_step / 2
     error = (found - (x @ w.T + b)).abs()
     assert bool((error <= bound * (1 + SLACK) + 1e-6 * (1 + found.abs())).all())
+
+
+# -- sums ------------------------------------------------------------------------------------------
+
+
+def code_products(shape: tuple[int, ...], seed: int, share: float) -> np.ndarray:
+    """Whole numbers in [-1, 1] of the extremes, a share of them 1: sums as large as they get."""
+    generator = np.random.default_rng(seed)
+    return np.where(generator.random(shape) < share, 1, generator.choice([-1, 0, 1], shape))
+
+
+SHARES = st.sampled_from([0.0, 0.9, 1.0])
+
+
+def integers_of(layer: nn.Linear | nn.Conv2d, x: np.ndarray, codes: np.ndarray) -> torch.Tensor:
+    quantized = _QuantizedLayer(layer)
+    quantized.codes.copy_(torch.from_numpy(codes))
+    return quantized._sum(torch.from_numpy(x).to(quantized.codes.dtype))
+
+
+@given(
+    st.sampled_from([1, 17, 518, 519, 784, 1036, 1037, 5000]),
+    st.sampled_from([1, 3, 33]),
+    st.integers(0, 2**32 - 1),
+    SHARES,
+)
+def test_sums_of_a_linear_layer_are_those_of_int64(
+    fan_in: int, num_rows: int, seed: int, share: float
+) -> None:
+    x = 255 * code_products((num_rows, fan_in), seed, share)
+    codes = 127 * code_products((5, fan_in), seed + 1, share)
+    found = integers_of(nn.Linear(fan_in, 5), x, codes)
+    assert np.array_equal(found.numpy().astype(np.int64), x @ codes.T)
+    rest = np.random.default_rng(seed)
+    x, codes = rest.integers(-255, 256, x.shape), rest.integers(-127, 128, codes.shape)
+    found = integers_of(nn.Linear(fan_in, 5), x, codes)
+    assert np.array_equal(found.numpy().astype(np.int64), x @ codes.T)
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from([(1, 3, 1), (57, 3, 1), (58, 3, 1), (120, 5, 1), (128, 3, 2), (64, 3, 64)]),
+    st.sampled_from([1, 20]),
+    st.integers(0, 2**32 - 1),
+    SHARES,
+)
+def test_sums_of_a_convolution_are_those_of_int64(
+    kind: tuple[int, int, int], num_rows: int, seed: int, share: float
+) -> None:
+    channels, kernel, groups = kind
+    layer = nn.Conv2d(channels, 2 * groups, kernel, padding=1, stride=2, groups=groups)
+    x = 255 * code_products((num_rows, channels, 6, 6), seed, share)
+    codes = 127 * code_products(tuple(layer.weight.shape), seed + 1, share)
+    found = integers_of(layer, x, codes)
+    exact = torch.nn.functional.conv2d(
+        torch.from_numpy(x), torch.from_numpy(codes), None, 2, 1, 1, groups
+    )
+    assert exact.dtype == torch.int64
+    assert torch.equal(found.to(torch.int64), exact)
+
+
+def test_a_kernel_too_large_for_float32_is_summed_in_float64() -> None:
+    layer = nn.Conv2d(2, 1, 23)
+    x, codes = np.full((2, 2, 23, 23), 255), np.full((1, 2, 23, 23), 127)
+    found = integers_of(layer, x, codes)
+    assert found.flatten().tolist() == [2 * 23 * 23 * 255 * 127] * 2

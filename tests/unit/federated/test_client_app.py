@@ -93,7 +93,8 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
 def test_same_bits_as_the_simulator(tmp_path: Path, overrides: dict[str, Any]) -> None:
     config = run_config(tmp_path / "state", out=str(tmp_path / "real"), overrides=overrides)
     record = serve(fleet(config), config)
-    simulated = simulate(scenario_of(config), out=tmp_path / "simulated")
+    how = {"engine": "reference", "federation": "faithful"}
+    simulated = simulate(scenario_of(config), out=tmp_path / "simulated", **how)
     assert accuracies(record) == accuracies(simulated)
     ours = load_file(tmp_path / "real" / "model.safetensors")
     theirs = load_file(tmp_path / "simulated" / "model.safetensors")

@@ -315,6 +315,79 @@ def test_a_death_takes_no_other_device_along_however_many_jobs_were_handed_out_a
     assert first == second
 
 
+def deadly(*, kills: bool, victim: int = VICTIM) -> World:
+    """A world in which calibrating one device kills the process, or raises."""
+    world = world_of("naive")
+    mine = world.train_samples(victim, 0).batch().x[:1] if victim >= 0 else torch.zeros(1, 1)
+    pixels = float(mine.double().sum()) if victim >= 0 else -1.0
+    runtime = {"name": f"{PLUGINS}:DeadlyRuntime", "args": {"pixels": pixels, "kills": kills}}
+    fleet = {"num_devices": NUM_DEVICES, "cohort": NUM_DEVICES}
+    return build(toy_scenario(fleet=fleet, runtime=runtime, client={"strategy": "naive"}))
+
+
+@pytest.mark.parametrize("kills", [True, False])
+def test_a_device_that_fails_in_a_group_fails_alone(tmp_path: Path, kills: bool) -> None:
+    params = world_of("naive").model().initial()
+    with Bench.reference(deadly(kills=kills, victim=-1), tmp_path) as bench:
+        expected = bench.ask(Phase.EVALUATE, params, position=0)
+    error = "its worker process died (exit code -9)" if kills else "ValueError at mortal.py"
+    for workers in (1, 2):
+        with Bench.pool(deadly(kills=kills), tmp_path, workers=workers) as bench:
+            found = bench.ask(Phase.EVALUATE, params, position=0)
+            assert_only_the_victim_differs(found, expected, error)
+            assert [done.died for done in found[0]].count(True) == int(kills)
+            # The run goes on.
+            again = bench.ask(Phase.EVALUATE, params, position=0)
+            assert_only_the_victim_differs(again, expected, error)
+    if not kills:
+        with Bench.reference(deadly(kills=False), tmp_path) as bench:
+            found = bench.ask(Phase.EVALUATE, params, position=0)
+            assert_only_the_victim_differs(found, expected, error)
+
+
+@pytest.mark.parametrize("engine", ["reference", "pool"])
+def test_a_device_whose_memory_is_damaged_fails_alone_in_its_group(
+    tmp_path: Path, engine: str
+) -> None:
+    world = world_of("replay")
+    params = world.model().initial()
+    make = {
+        "reference": lambda: Bench.reference(world, tmp_path),
+        "pool": lambda: Bench.pool(world, tmp_path, workers=2),
+    }[engine]
+    with make() as bench:
+        bench.ask(Phase.CONSOLIDATE, params, position=0)
+        expected = bench.ask(Phase.EVALUATE, params, position=1)
+        slots = bench.store.slots
+
+        def damaged(device: int) -> tuple[int, int]:
+            read_slot, write_slot = slots(device)
+            beyond_the_file = 2 * NUM_DEVICES
+            return (beyond_the_file, write_slot) if device == VICTIM else (read_slot, write_slot)
+
+        bench.store.slots = damaged  # type: ignore[method-assign]
+        found = bench.ask(Phase.EVALUATE, params, position=1)
+    assert expected[0][VICTIM].error is None
+    assert_only_the_victim_differs(found, expected, "ValueError at ")
+
+
+def test_who_evaluates_a_group_has_no_effect(tmp_path: Path) -> None:
+    fleet = {"num_devices": 20, "cohort": 20}
+    world = build(toy_scenario(fleet=fleet, client={"strategy": "naive"}))
+    params, devices = world.model().initial(), [*range(20), *reversed(range(20))]
+    with Bench.reference(world, tmp_path) as bench:
+        expected = bench.ask(Phase.EVALUATE, params, position=0, devices=devices)
+        alone = [
+            bench.ask(Phase.EVALUATE, params, position=0, devices=[device])[0][0].metrics
+            for device in devices
+        ]
+    assert [done.metrics for done in expected[0]] == alone
+    for workers in (1, 2, 3):
+        with Bench.pool(world, tmp_path, workers=workers) as bench:
+            found = bench.ask(Phase.EVALUATE, params, position=0, devices=devices)
+            assert_same([found], [expected])
+
+
 def test_workers_that_cannot_start_say_why(tmp_path: Path) -> None:
     world = replace(
         world_of("naive"),

@@ -52,6 +52,15 @@ def test_domains(raw):
     assert torch.equal(tested.flatten(1), world.test_samples(0, 0).batch().x.flatten(1)[:, index])
 
 
+@pytest.mark.parametrize("kind", ["class-incremental", "domain-incremental"])
+def test_the_number_of_a_devices_test_samples(raw, kind):
+    raw["stream"]["kind"] = kind
+    world = build(from_dict(raw))
+    for device in range(6):
+        sizes = [len(world.test_samples(device, e)) for e in range(world.stream.num_experiences)]
+        assert world.num_test_samples(device) == sum(sizes) > 0
+
+
 def test_tasks(raw):
     world = made(raw, stream__kind="task-incremental")
     batch = world.train_samples(0, 2).batch()

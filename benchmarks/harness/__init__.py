@@ -1,0 +1,1 @@
+"""What all benchmarks share: running children, the machine, peers' environments, result files."""

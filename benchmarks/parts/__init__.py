@@ -1,0 +1,1 @@
+"""The benchmarks themselves: a module each, with `measure`, `summary` and `section`."""

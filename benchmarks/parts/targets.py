@@ -1,0 +1,204 @@
+"""What was promised before it was measured, and whether it is met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from harness import results
+
+from parts import comparison, continual, ewc, memory
+from parts.comparison import FLOWER
+
+Results = dict[str, dict[str, Any]]
+FUSED, FAITHFUL = "fused", "faithful"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise.
+
+    Attributes:
+        text: What was promised.
+        limit: The number.
+        at_least: Whether more is better.
+        measured: Gets the number from all results; None if it was not measured.
+        unit: Written behind the number.
+    """
+
+    text: str
+    limit: float
+    at_least: bool
+    measured: Callable[[Results], float | None]
+    unit: str = ""
+
+    def row(self, found: Results) -> str:
+        """Return the table's row."""
+        value = self.measured(found)
+        sign = ">=" if self.at_least else "<="
+        limit = f"{sign} {self.limit:,.4g}{self.unit}"
+        if value is None:
+            return f"| {self.text} | {limit} | | not measured |"
+        if math.isnan(value):
+            return f"| {self.text} | {limit} | accuracies differ | NOT met |"
+        met = value >= self.limit if self.at_least else value <= self.limit
+        shown = f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"| {self.text} | {limit} | {shown}{self.unit} | {'met' if met else 'NOT met'} |"
+
+
+def _best(found: Results, workload: str, tier: str, field: str, *, low: bool = False) -> Any:
+    """Return the median of an engine, in its better federation."""
+    if workload not in found:
+        return None
+    values = [
+        results.median(results.values(found[workload], comparison.name_of(tier, way), field))
+        for way in (FAITHFUL, FUSED)
+    ]
+    known = [v for v in values if v is not None]
+    return (min(known) if low else max(known)) if known else None
+
+
+def _times(workload: str, tier: str, ways: tuple[str, ...] = (FAITHFUL, FUSED)) -> Any:
+    def measured(found: Results) -> float | None:
+        if workload not in found:
+            return None
+        ratios = [
+            results.ratio(found[workload], "updates_per_s", comparison.name_of(tier, way), FLOWER)
+            for way in ways
+        ]
+        return max((r[0] for r in ratios if r is not None), default=None)
+
+    return measured
+
+
+def _share(workload: str, tier: str) -> Any:
+    def measured(found: Results) -> float | None:
+        if workload not in found:
+            return None
+        names = [comparison.name_of(tier, way) for way in (FAITHFUL, FUSED)]
+        shares = [comparison.share_of_gemm(found[workload], name) for name in names]
+        return max((s for s in shares if s is not None), default=None)
+
+    return measured
+
+
+def _of_any(workload: str, field: str, tiers: tuple[str, ...]) -> Any:
+    def measured(found: Results) -> float | None:
+        values = [_best(found, workload, tier, field, low=True) for tier in tiers]
+        return min((v for v in values if v is not None), default=None)
+
+    return measured
+
+
+def _faithful(found: Results) -> float | None:
+    """Return the best tier's ratio with a message per client."""
+    ratios = [_times("w3", tier, (FAITHFUL,))(found) for tier in comparison.TIERS]
+    return max((r for r in ratios if r is not None), default=None)
+
+
+def _first_round(found: Results) -> float | None:
+    """Return the slowest start over the workloads, of the engine with the most updates there."""
+    firsts = []
+    for workload in comparison.WORKLOADS_OF_PART:
+        if workload not in found:
+            continue
+        result = found[workload]
+        speeds = {
+            name: results.median(results.values(result, name, "updates_per_s")) or 0.0
+            for name in comparison.engines_of(result)
+            if name.startswith("edgelearn ")
+        }
+        if speeds:
+            fastest = max(speeds, key=speeds.__getitem__)
+            firsts.append(results.median(results.values(result, fastest, "first_round_s")))
+    return max((v for v in firsts if v is not None), default=None)
+
+
+def _memory(found: Results) -> float | None:
+    if memory.WORKLOAD not in found:
+        return None
+    result = found[memory.WORKLOAD]
+    names = dict.fromkeys(n for turn in result["turns"] for n in turn["runs"])
+    peaks = [results.median(results.values(result, name, "peak_mib")) for name in names]
+    return max((p for p in peaks if p is not None), default=None)
+
+
+def _continual(method: str) -> Any:
+    """Return the best engine's ratio among those that agree with Avalanche in accuracy.
+
+    NaN if there are some but none agrees; nothing can be said from a single seed.
+    """
+
+    def measured(found: Results) -> float | None:
+        if continual.WORKLOAD not in found:
+            return None
+        result = found[continual.WORKLOAD]
+        ratios, disagree = [], False
+        for engine in result["config"]["engines"]:
+            ratio = results.ratio(
+                result, "cpu_s", f"{method}: {continual.AVALANCHE}", f"{method}: {engine}"
+            )
+            agrees = continual.agree(result, method, engine)
+            if ratio is not None and agrees:
+                ratios.append(ratio[0])
+            disagree = disagree or agrees is False
+        return max(ratios, default=float("nan") if disagree else None)
+
+    return measured
+
+
+def _ewc(found: Results) -> float | None:
+    if ewc.WORKLOAD not in found:
+        return None
+    result = found[ewc.WORKLOAD]
+    added = [ewc.overhead(result, tier) for tier in result["config"]["tiers"]]
+    return max((a for a in added if a is not None), default=None)
+
+
+def _fisher(found: Results) -> float | None:
+    if ewc.WORKLOAD not in found:
+        return None
+    return results.median(results.values(found[ewc.WORKLOAD], ewc.FISHER, "ours_ms"))
+
+
+def _cpu(tiers: tuple[str, ...]) -> Any:
+    return _of_any("flute", "cpu_s_per_round", tiers)
+
+
+TARGETS = (
+    Target("W1, pool, against Flower/Ray", 2, True, _times("w1", "pool"), " x"),
+    Target("W1, native, against Flower/Ray", 4.3, True, _times("w1", "native"), " x"),
+    Target("W1, native, of the sgemm peak", 75, True, _share("w1", "native"), " %"),
+    Target("W2, pool, against Flower/Ray", 13, True, _times("w2", "pool"), " x"),
+    Target("W2, native, against Flower/Ray", 35, True, _times("w2", "native"), " x"),
+    Target("W3, batched, against Flower/Ray", 170, True, _times("w3", "batched"), " x"),
+    Target("W3, native, against Flower/Ray", 1000, True, _times("w3", "native"), " x"),
+    Target("W3, a message per client, against Flower/Ray", 7, True, _faithful, " x"),
+    Target(
+        "softmax regression, pool or batched, CPU a round (Flower/Ray 0.37, pfl 0.055 elsewhere)",
+        0.012,
+        False,
+        _cpu(("pool", "batched")),
+        " s",
+    ),
+    Target("softmax regression, native, CPU a round", 0.003, False, _cpu(("native",)), " s"),
+    Target("start of the process to the end of round 1", 5, False, _first_round, " s"),
+    Target("10,000 devices with 200 remembered samples, peak", 1024, False, _memory, " MiB"),
+    Target(
+        "replay, less CPU than Avalanche at equal accuracy", 10, True, _continual("replay"), " x"
+    ),
+    Target("EWC, less CPU than Avalanche at equal accuracy", 10, True, _continual("ewc"), " x"),
+    Target("EWC adds to a step, on the worst engine", 15, False, _ewc, " %"),
+    Target("Fisher of 60 samples, 2NN, CPU", 3, False, _fisher, " ms"),
+)
+
+
+def section(found: Results) -> str:
+    """Return the table of targets."""
+    lines = ["| target | promised | measured | |", "|---|---|---|---|"]
+    note = (
+        "Of an engine that ran faithful and fused, the better counts; of memory the worst engine."
+    )
+    return "\n".join([*lines, *(target.row(found) for target in TARGETS), "", note])

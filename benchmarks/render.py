@@ -1,0 +1,84 @@
+"""Write docs/benchmarks.md from the result files: python benchmarks/render.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import demo
+from harness import results
+from harness.paths import PAGE, RESULTS
+from parts import comparison, continual, evaluation, ewc, memory, scaling, targets
+
+INTRO = """# Benchmarks
+
+Every figure here was measured by a script in `benchmarks/` and rendered from the JSON files in
+`benchmarks/results/`, which hold every repetition, versions, seed and configuration. `make bench`
+repeats the demo, `make bench-engines` the rest (about half an hour on 2 cores), `python
+benchmarks/render.py` writes this page again.
+
+How to read it: timings on shared machines are noisy, **the ratio is the result**. Engines take
+turns in one invocation, in reverse order every other turn; a ratio is taken within a turn, and its
+median over turns is given. All engines train on the same devices' samples, with the same cohorts,
+initial parameters and step size; the first round of a process is left out of rates. A *client
+update* is that of a device with the fleet's mean number of samples. CPU counts all processes of an
+engine; memory is the peak of the sum of their proportional set sizes (PSS), sampled. Each peer has
+an environment of its own, pinned in `benchmarks/peers/*.txt`, made by the script.
+
+*Faithful*: a Flower message per client. *Fused*: one reply per round, with the engine's mean.
+"""
+
+SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+    ("demo", "The demo, and the same scenario through Flower's Ray simulation", demo.section),
+    *((w, comparison.TITLES[w], comparison.section) for w in comparison.TITLES),
+    ("memory", "Memory of a big fleet", memory.section),
+    ("evaluation", "What evaluation costs", evaluation.section),
+    ("ewc", "What EWC costs", ewc.section),
+    ("continual", "Continual learning beside Avalanche", continual.section),
+    ("scaling", "How it scales", scaling.section),
+)
+
+
+def footer(result: dict[str, Any]) -> str:
+    """Say on what a part was measured, and how to repeat it."""
+    config = result["config"]
+    versions = ", ".join(f"{n} {v}" for n, v in result["versions"].items())
+    peers = "; ".join(
+        f"{peer}: {', '.join(f'{n} {v}' for n, v in sorted(found.items()))}"
+        for peer, found in config.get("peers", {}).items()
+    )
+    loads = [load for turn in result["turns"] for load in turn.get("load", [])]
+    seed = config.get("workload", {}).get("seed", 0)
+    memory = f", {result['memory_gib']:g} GiB" if result["memory_gib"] else ""
+    flags = ", ".join([result["machine"], *result["cpu_flags"]])
+    return (
+        f"{len(result['turns'])} turn(s); {result['cpu']} ({flags}), {result['cores']} cores"
+        f"{memory}; Python {result['python']}, {versions}, edgelearn {result['edgelearn']} "
+        f"({result['commit']}), seed {seed}"
+        + (f"; load average {min(loads):.1f} - {max(loads):.1f}" if loads else "")
+        + (f". Peers' environments: {peers}" if peers else "")
+        + f". Repeat: `{config['command']}`."
+    )
+
+
+def render(folder: Path = RESULTS, page: Path = PAGE) -> Path:
+    """Write the page from the results in a folder; return its path."""
+    found = {name: r for name, _, _ in SECTIONS if (r := results.read(name, folder)) is not None}
+    parts = [INTRO]
+    if set(found) - {"demo"}:
+        parts += ["## Targets, set beforehand\n", targets.section(found) + "\n"]
+    for name, title, section in SECTIONS:
+        parts.append(f"## {title}\n")
+        if name not in found:
+            command = "demo.py" if name == "demo" else f"engines.py --only {name}"
+            parts.append(f"Not measured yet: `python benchmarks/{command}`.\n")
+            continue
+        parts += [section(found[name]) + "\n", footer(found[name]) + "\n"]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(parts))
+    return page
+
+
+if __name__ == "__main__":
+    print(render())

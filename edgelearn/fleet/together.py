@@ -1,0 +1,163 @@
+"""What the engines that train a whole cohort in one go have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelearn.device.fleet_store import RecordFile, RecordLayout
+from edgelearn.device.learner import Learner, refuse_divergence
+from edgelearn.errors import DivergenceError
+from edgelearn.federated import egress
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Phase
+from edgelearn.scenario.world import World
+from edgelearn.seeds import derive, split_all
+
+Run = Callable[[Sequence[Job], Tensor, Tensor], list[Done]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Plain training of a cohort [K]."""
+
+    loss: NDArray[np.float64]
+    num_steps: Integers
+    num_samples: Integers
+    norms: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, size: int) -> Trained:
+        """Return one to be filled."""
+        losses, norms = np.zeros(size), np.zeros(size)
+        return cls(losses, np.zeros(size, np.int64), np.zeros(size, np.int64), norms)
+
+
+Train = Callable[[CohortFit, Tensor, Tensor], Trained]
+
+
+def not_declared(learner: Learner) -> str | None:
+    """Return why local training is not plain SGD with what a strategy declares; None if it is."""
+    strategy = learner.strategy
+    if not strategy.is_declared or strategy.overrides("upload"):
+        return f"{type(strategy).__name__} computes what it does instead of declaring it"
+    if learner.spec.optimizer != "sgd":
+        return f"the optimizer is {learner.spec.optimizer}"
+    return None
+
+
+def open_memories(world: World, learner: Learner, store_path: Path) -> RecordFile:
+    """Open the file with the devices' memories."""
+    layout = RecordLayout.of(learner.declaration)
+    return RecordFile(store_path, layout, world.scenario.fleet.num_devices)
+
+
+def seeds_of(seed: int, cohort: CohortFit) -> NDArray[np.uint64]:
+    """Return the seed of each device's training; as `learner.steps_seed` has it."""
+    return split_all(derive(seed, "steps", cohort.server_round), cohort.devices)
+
+
+def fit(
+    cohort: CohortFit,
+    params: Tensor,
+    updates: Tensor,
+    world: World,
+    learner: Learner,
+    train: Train,
+    rest: Run,
+) -> CohortDone:
+    """Train a cohort.
+
+    Args:
+        cohort: K devices.
+        params: Global parameters [P].
+        updates: Where the updates go [K, P].
+        world: The scenario's world.
+        learner: The scenario's learner.
+        train: Trains devices that have nothing to do but to train, in one go.
+        rest: Does the jobs of devices that have to catch up first.
+    """
+    done = CohortDone.empty(cohort)
+    behind = cohort.consolidated < cohort.position
+    if learner.strategy.overrides("start"):
+        behind |= cohort.begun <= cohort.position
+    rows = np.flatnonzero(~behind)
+    if len(rows):
+        whole = len(rows) == len(cohort)
+        part = cohort if whole else cohort.of(rows)
+        target = updates if whole else torch.empty(len(rows), updates.shape[1])
+        found = train(part, params, target)
+        for index in np.flatnonzero(~np.isfinite(found.norms + found.loss)).tolist():
+            if np.isfinite(found.loss[index]) and bool(torch.isfinite(target[index]).all()):
+                continue  # its norm alone overflows
+            row, loss = int(rows[index]), float(found.loss[index])
+            done.errors[row] = _divergence(int(cohort.devices[row]), cohort.server_round, loss)
+            target[index] = 0
+        if not whole:
+            updates[torch.from_numpy(rows)] = target
+        well = np.array([row not in done.errors for row in rows.tolist()])
+        kept = rows[well]
+        done.num_examples[kept] = world.train_sizes(part.devices, part.position)[well]
+        for name in ("loss", "num_steps", "num_samples", "norms"):
+            getattr(done, name)[kept] = getattr(found, name)[well]
+        done.progress[kept, 0] = cohort.position + 1
+    if behind.any():
+        late = np.flatnonzero(behind)
+        sizes = world.train_sizes(cohort.devices, cohort.position)
+        for result in rest(cohort.jobs(late.tolist(), sizes), params, updates):
+            done.take(result)
+        done.norms[late] = torch.linalg.vector_norm(updates[torch.from_numpy(late)], dim=1)
+    return done
+
+
+def run(
+    jobs: Sequence[Job],
+    params: Tensor,
+    updates: Tensor,
+    fit: Callable[[CohortFit, Tensor, Tensor], CohortDone],
+    rest: Run,
+) -> list[Done]:
+    """Do jobs: those that train as one cohort (they are of one round), the others one by one."""
+    fits = [job for job in jobs if job.phase is Phase.FIT]
+    others = [job for job in jobs if job.phase is not Phase.FIT]
+    done: dict[int, Done] = {}
+    if others:
+        done |= {result.row: result for result in rest(others, params, updates)}
+    if fits:
+        rows = np.array([job.row for job in fits])
+        own = torch.zeros(len(fits), updates.shape[1])
+        found = fit(_as_cohort(fits), params, own)
+        updates[torch.from_numpy(rows)] = own
+        done |= {job.row: found.of(index, job.row) for index, job in enumerate(fits)}
+    return [done[job.row] for job in jobs]
+
+
+def _as_cohort(jobs: Sequence[Job]) -> CohortFit:
+    def column(name: str) -> Integers:
+        return np.array([getattr(job, name) for job in jobs], np.int64)
+
+    first = jobs[0]
+    return CohortFit(
+        devices=column("device"),
+        server_round=first.server_round,
+        position=first.position,
+        begun=column("begun"),
+        consolidated=column("consolidated"),
+        read_slots=column("read_slot"),
+        write_slots=column("write_slot"),
+        serial=first.serial,
+        proximal_mu=first.proximal_mu,
+    )
+
+
+def _divergence(device: int, server_round: int, loss: float) -> str:
+    """Return the reason that the learner gives."""
+    try:
+        refuse_divergence(device, server_round, loss)
+    except DivergenceError as error:
+        return egress.reason_of(error)

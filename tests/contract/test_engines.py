@@ -1,0 +1,334 @@
+"""The contract of engines: every tier trains a device as the reference tier does.
+
+Updates within 1e-4 of the reference (relative, Euclidean norm), the same counts, and failures that
+stay with their device and are reported in the same words.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgelearn.device.fleet_store import UNWRITTEN, FleetStore
+from edgelearn.device.learner import make_learner
+from edgelearn.fleet import batched, native
+from edgelearn.fleet.batched import BatchedEngine
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Engine, Job, Phase
+from edgelearn.fleet.native import NativeEngine
+from edgelearn.fleet.pool import PoolEngine
+from edgelearn.fleet.reference import ReferenceEngine
+from edgelearn.scenario.datasets import Dataset
+from edgelearn.scenario.load import from_dict
+from edgelearn.scenario.world import World, build
+
+NUM_DEVICES = 7
+EMPTY_DEVICE, SINGLE_DEVICE, SICK_DEVICE = 4, 5, 2
+HAS_KERNELS = importlib.util.find_spec("edgelearn_native") is not None
+HERE = f"{Path(__file__)}"
+
+Open = Callable[[World, Path], Engine]
+TIERS: dict[str, Open] = {
+    "pool-2": lambda world, path: PoolEngine(world, path, num_workers=2, cohort=NUM_DEVICES),
+    "batched": BatchedEngine,
+    "native-1": lambda world, path: NativeEngine(world, path, num_threads=1),
+    "native-2": lambda world, path: NativeEngine(world, path, num_threads=2),
+    "native-3": lambda world, path: NativeEngine(world, path, num_threads=3),
+    "native-8": lambda world, path: NativeEngine(world, path, num_threads=8),
+}
+COVERS = {"batched": batched.why_not, "native": native.why_not}
+
+
+# -- what is trained -------------------------------------------------------------------------------
+
+
+def uneven(_spec: Any = None, *, is_sick: bool = False) -> Dataset:
+    """6x6 images of four classes; users own unequal shares, some nothing at times."""
+    generator = np.random.default_rng(0)
+    counts = [23, 8, 12, 31, 2, 1, 17]
+    users = np.repeat(np.arange(NUM_DEVICES), counts)
+    y = np.concatenate([np.arange(count) % 4 for count in counts]).astype(np.int64)
+    y[users == EMPTY_DEVICE] = 2  # nothing in the first experience
+    x = generator.normal(size=(len(y), 1, 6, 6)).astype(np.float32)
+    x[:, 0, 0, :4] += 3 * np.eye(4, dtype=np.float32)[y]
+    if is_sick:
+        x[users == SICK_DEVICE] = np.inf
+    keep = np.repeat(np.arange(NUM_DEVICES), 4)
+    return Dataset(
+        name="uneven",
+        scale=1.0,
+        x_train=x,
+        y_train=y,
+        x_test=generator.normal(size=(28, 1, 6, 6)).astype(np.float32),
+        y_test=(np.arange(28) % 4).astype(np.int64),
+        num_classes=4,
+        users_train=users,
+        users_test=keep,
+    )
+
+
+def sick(_spec: Any) -> Dataset:
+    """One device's samples are infinite."""
+    return uneven(is_sick=True)
+
+
+class Curved(nn.Module):
+    """No plain stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(36, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(x.flatten(1))))
+        return out
+
+
+def curved(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build it."""
+    return Curved()
+
+
+def deep(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a deep stack, partly without biases."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 11, bias=False),
+        nn.ReLU(),
+        nn.Linear(11, 7),
+        nn.Linear(7, 7, bias=False),
+        nn.ReLU(),
+        nn.Linear(7, 4),
+    )
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "softmax": {"name": "mlp", "args": {"hidden": []}},
+    "mlp": {"name": "mlp", "args": {"hidden": [10]}},
+    "deep": {"name": f"{HERE}:deep"},
+    "cnn": {"name": "cnn", "args": {"channels": [3, 5], "hidden": 8, "kernel_size": 3}},
+    "tanh": {"name": f"{HERE}:curved"},
+}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "naive": {"strategy": "naive"},
+    "replay": {"strategy": "replay", "args": {"capacity": 9}},
+    "replay-share": {
+        "strategy": "replay",
+        "args": {"capacity": 6, "share": 0.3, "replay_batch": 4, "policy": "reservoir"},
+    },
+    "ewc": {"strategy": "ewc", "args": {"strength": 30.0}},
+    "ewc-separate": {"strategy": "ewc", "args": {"strength": 5.0, "mode": "separate"}},
+    "ewc-explicit": {"strategy": "ewc", "args": {"strength": 1.0, "step": "explicit"}},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "epochs": {"epochs": 3, "batch_size": 4},
+    "momentum": {"momentum": 0.9, "weight_decay": 0.01},
+    "decay": {"weight_decay": 0.1},
+    "adam": {"optimizer": "adam", "lr": 0.01},
+}
+
+
+def world_of(
+    model: str = "mlp", strategy: str = "naive", option: str = "plain", data: str = "uneven"
+) -> World:
+    client = {"epochs": 1, "batch_size": 5, "lr": 0.05}
+    raw: dict[str, Any] = {
+        "name": "contract",
+        "seed": 3,
+        "data": {"dataset": f"{HERE}:{data}"},
+        "model": MODELS[model],
+        "fleet": {"num_devices": NUM_DEVICES, "cohort": NUM_DEVICES},
+        "partition": {"kind": "user"},
+        "stream": {"kind": "class-incremental", "num_experiences": 2, "rounds_per_experience": 2},
+        "client": {**client, **STRATEGIES[strategy], **OPTIONS[option]},
+        "server": {"strategy": "FedAvg"},
+        "runtime": {"name": "int8"},
+    }
+    return build(from_dict(raw))
+
+
+# -- how it is asked -------------------------------------------------------------------------------
+
+
+class Fleet:
+    """A store and an engine over it, led through two experiences."""
+
+    def __init__(self, world: World, folder: Path, open_engine: Open) -> None:
+        self.world = world
+        declaration = make_learner(world).declaration
+        self.store = FleetStore(folder / "devices.bin", declaration, NUM_DEVICES)
+        self.engine = open_engine(world, self.store.path)
+
+    def fit(self, params: Tensor, position: int, *, mu: float = 0.0) -> tuple[CohortDone, Tensor]:
+        devices = np.array([3, 0, 4, 5, 1, 6, 2])  # the order of a cohort is not that of devices
+        begun, consolidated = self.store.progress[devices].T.astype(np.int64)
+        read, write = self.store.slots_of(devices)
+        cohort = CohortFit(
+            devices, position * 2 + 1, position, begun, consolidated, read, write, position, mu
+        )
+        updates = torch.full((NUM_DEVICES, len(params)), 7.0)
+        done = self.engine.fit(cohort, params, updates)
+        for row, device in enumerate(devices.tolist()):
+            if row not in done.errors:
+                self.store.progress[device] = done.progress[row]
+            if row in done.checksums:
+                self.store.written(device, done.checksums[row])
+        self.store.commit()
+        return done, updates
+
+    def consolidate(self, params: Tensor, *, but: int | None = None) -> None:
+        """Consolidate the first experience; `but` was away, and has to catch up."""
+        jobs = []
+        for row, device in enumerate(d for d in range(NUM_DEVICES) if d != but):
+            read, write = self.store.slots(device)
+            begun, consolidated = self.store.progress[device].tolist()
+            jobs.append(
+                Job(row, device, Phase.CONSOLIDATE, 2, 0, begun, consolidated, read, write, 1, 9)
+            )
+        for job, done in zip(jobs, self.engine.run(jobs, params, torch.empty(7, 0)), strict=True):
+            assert done.error is None
+            self.store.progress[job.device] = done.progress
+            if done.checksum is not None:
+                self.store.written(job.device, done.checksum)
+        self.store.commit()
+
+
+def life(world: World, folder: Path, open_engine: Open, *, mu: float = 0.0) -> Iterator[Any]:
+    """Train, consolidate without one device, train again on the next experience."""
+    folder.mkdir()
+    fleet = Fleet(world, folder, open_engine)
+    with closing(fleet.engine):
+        params = fleet.world.model().initial()
+        yield fleet.fit(params, 0, mu=mu)
+        shifted = params + 0.01 * torch.randn(
+            len(params), generator=torch.Generator().manual_seed(1)
+        )
+        fleet.consolidate(shifted, but=6)
+        yield fleet.fit(shifted, 1, mu=mu)
+
+
+def assert_alike(found: tuple[CohortDone, Tensor], expected: tuple[CohortDone, Tensor]) -> None:
+    done, updates = found
+    other, other_updates = expected
+    for name in ("num_examples", "num_steps", "num_samples", "progress"):
+        assert np.array_equal(getattr(done, name), getattr(other, name)), name
+    assert (done.errors, done.died) == (other.errors, other.died)
+    assert np.allclose(done.loss, other.loss, rtol=1e-4)
+    assert np.allclose(done.norms, other.norms, rtol=1e-4)
+    for row in range(NUM_DEVICES):
+        error = (updates[row] - other_updates[row]).norm()
+        assert error <= 1e-4 * other_updates[row].norm(), (row, float(error))
+        assert (other_updates[row].norm() > 0) == (
+            other.num_steps[row] > 0 and row not in done.errors
+        )
+
+
+def covered(tier: str, world: World) -> None:
+    name = tier.partition("-")[0]
+    if name == "native" and not HAS_KERNELS:
+        pytest.skip("edgelearn-native is not installed")
+    reason = COVERS[name](world, make_learner(world)) if name in COVERS else None
+    if reason is not None:
+        pytest.skip(reason)
+
+
+CASES = [
+    *(("mlp", strategy, option) for strategy in STRATEGIES for option in OPTIONS),
+    *((model, strategy, "momentum") for model in ("cnn", "deep") for strategy in STRATEGIES),
+    *((model, strategy, "plain") for model in MODELS for strategy in ("naive", "replay", "ewc")),
+]
+
+
+@pytest.mark.parametrize("tier", ["batched", "native-2"])
+@pytest.mark.parametrize(("model", "strategy", "option"), dict.fromkeys(CASES))
+def test_a_tier_equals_the_reference(
+    tmp_path: Path, tier: str, model: str, strategy: str, option: str
+) -> None:
+    world = world_of(model, strategy, option)
+    covered(tier, world)
+    mu = 0.3 if option in ("decay", "momentum") else 0.0
+    expected = life(world, tmp_path / "reference", ReferenceEngine, mu=mu)
+    found = life(world, tmp_path / tier, TIERS[tier], mu=mu)
+    for one, other in zip(found, expected, strict=True):
+        assert_alike(one, other)
+    assert (tmp_path / tier / "devices.bin").read_bytes() == (
+        tmp_path / "reference" / "devices.bin"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("strategy", ["replay", "ewc"])
+def test_written_out_training_equals_autograd(
+    tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of("deep", strategy, "momentum")
+    found = [*life(world, tmp_path / "written", ReferenceEngine, mu=0.2)]
+    for module in ("edgelearn.device.training", "edgelearn.continual.fisher"):
+        monkeypatch.setattr(f"{module}.stack_of", lambda _model, _shape: None)
+    for one, other in zip(
+        found, life(world, tmp_path / "auto", ReferenceEngine, mu=0.2), strict=True
+    ):
+        assert_alike(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["naive", "replay", "ewc"])
+def test_any_number_of_threads_gives_the_same_bits(tmp_path: Path, strategy: str) -> None:
+    world = world_of("cnn", strategy)
+    covered("native-1", world)
+    runs = [
+        [*life(world, tmp_path / tier, TIERS[tier])]
+        for tier in ("native-1", "native-2", "native-3", "native-8")
+    ]
+    for run in runs[1:]:
+        for (_, updates), (_, others) in zip(run, runs[0], strict=True):
+            assert torch.equal(updates, others)
+
+
+@pytest.mark.parametrize("tier", ["pool-2", "batched", "native-2"])
+def test_what_is_not_finite_stays_with_its_device(tmp_path: Path, tier: str) -> None:
+    world, well = world_of("mlp", data="sick"), world_of("mlp")
+    covered(tier, world)
+    done, updates = next(life(world, tmp_path / "sick", TIERS[tier]))
+    healthy, expected = next(life(well, tmp_path / "well", TIERS[tier]))
+    reference, _ = next(life(world, tmp_path / "reference", ReferenceEngine))
+    row = 6  # of the sick device
+    assert done.errors == reference.errors == {row: done.errors[row]}
+    assert done.errors[row] == "DivergenceError: training diverged on device 2 in round 1: loss nan"
+    assert healthy.errors == {}
+    others = [r for r in range(NUM_DEVICES) if r != row]
+    assert torch.equal(updates[others], expected[others])
+    assert not updates[row].any()
+    assert (done.num_examples[row], done.loss[row], done.norms[row]) == (0, 0, 0)
+    assert done.progress[row].tolist() == [0, 0]
+
+
+def test_a_tier_that_does_not_cover_a_scenario_says_why() -> None:
+    def reasons(model: str, strategy: str = "naive", option: str = "plain") -> list[str | None]:
+        world = world_of(model, strategy, option)
+        learner = make_learner(world)
+        return [batched.why_not(world, learner), native.why_not(world, learner)]
+
+    assert reasons("cnn")[0] == "the network has convolutions, which are slower in a stack"
+    stacked, compiled = reasons("tanh")
+    layers = "Linear, Conv2d, ReLU, MaxPool2d nor Flatten"
+    assert stacked == f"the network is no plain stack: Curved is neither {layers}"
+    assert reasons("mlp")[0] is None
+    if HAS_KERNELS:
+        assert compiled == stacked
+        assert reasons("mlp")[1] is None
+        assert reasons("mlp", "ewc-explicit")[1] == "EWC takes its penalty as a gradient"
+        assert reasons("mlp", option="adam") == ["the optimizer is adam"] * 2
+    else:
+        assert compiled == native.MISSING
+
+
+def test_new_devices_have_nothing_to_read(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "devices.bin", make_learner(world_of()).declaration, NUM_DEVICES)
+    assert (store.slots_of(np.arange(NUM_DEVICES))[0] == UNWRITTEN).all()

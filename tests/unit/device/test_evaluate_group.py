@@ -1,0 +1,158 @@
+"""A group of devices measures what each of its devices would measure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
+from edgelearn.params import FlatModel
+from edgelearn.runtime.float import FloatRuntime
+from edgelearn.runtime.int8 import Int8Runtime
+from edgelearn.runtime.protocol import Prepared
+from edgelearn.scenario.models import cnn, mlp
+from edgelearn.scenario.samples import Samples
+from edgelearn.scenario.world import World, build
+from edgelearn.testing.toy import toy_scenario
+
+NUM_CLASSES, SHAPE = 4, (1, 4, 4)
+
+
+class Tokens(nn.Module):
+    """Each row of an image is a token; one layer has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.third = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again, self.fourth = self.first, self.third
+        self.last = nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.third(self.again(torch.relu(self.first(x.squeeze(1)))))
+        return self.last(tokens.flatten(1))  # type: ignore[no-any-return]
+
+
+class Folded(Tokens):
+    """The same numbers, but a layer can't tell whose tokens it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.third(self.again(torch.relu(self.first(x.reshape(-1, 4)))))
+        return self.last(tokens.reshape(len(x), -1))  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: mlp(input_shape=SHAPE, num_classes=NUM_CLASSES, hidden=(8,)),
+    "cnn": lambda: cnn(input_shape=SHAPE, num_classes=NUM_CLASSES, channels=(4, 8), hidden=8),
+    "tokens, tied": Tokens,
+    "folded": Folded,
+}
+STREAMS = ["class-incremental", "task-incremental", "domain-incremental"]
+
+
+def made(name: str) -> FlatModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return FlatModel(NETWORKS[name]())
+
+
+def world_of(kind: str) -> World:
+    return build(toy_scenario(stream={"kind": kind}, fleet={"num_devices": 6, "cohort": 6}))
+
+
+def trials_of(world: World) -> list[Trial]:
+    """All devices; the second has no calibration samples, the third no tests, the last neither."""
+    none = torch.empty(0, dtype=torch.int32)
+    trials = []
+    for device in range(6):
+        ids = none if device in (1, 5) else world.train_samples(device, 0).ids[: 3 + device]
+        tests = [world.test_samples(device, e) for e in range(2)]
+        if device in (2, 5):
+            tests = [Samples(world.test, none) for _ in tests]
+        trials.append(Trial(Samples(world.train, ids), tests))
+    return trials
+
+
+def one_by_one(
+    model: FlatModel, params: Tensor, prepared: Prepared, trials: list[Trial]
+) -> list[Counts]:
+    return [evaluate(model, params, prepared, t.calibration.batch().x, t.tests) for t in trials]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("runtime", [Int8Runtime(), FloatRuntime()], ids=["int8", "float"])
+def test_counts_of_a_group_are_those_of_its_devices(kind: str, name: str, runtime: Any) -> None:
+    world, model = world_of(kind), made(name)
+    params = model.initial()  # right about some answers, wrong about others
+    prepared, trials = runtime.prepare(model, params), trials_of(world)
+    expected = one_by_one(model, params, prepared, trials)
+    model.module.train()
+    assert evaluate_group(model, params, prepared, trials) == expected
+    assert 0 < sum(sum(c.served) for c in expected) < sum(sum(c.count) for c in expected)
+    assert expected[2].count == expected[5].served == (0, 0)
+
+
+class Watched:
+    """A runtime's own prepared model, without the ability to serve groups."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.asked = prepared, 0
+
+    def calibrated(self, calibration: Tensor) -> Any:
+        self.asked += 1
+        return self.prepared.calibrated(calibration)
+
+
+def test_a_runtime_that_serves_no_groups_is_asked_for_each_device() -> None:
+    world, model = world_of("class-incremental"), made("mlp")
+    params, trials = model.initial(), trials_of(world)
+    prepared = Int8Runtime().prepare(model, params)
+    watched = Watched(prepared)
+    found = evaluate_group(model, params, watched, trials)
+    assert found == evaluate_group(model, params, prepared, trials)
+    assert watched.asked == 6
+
+
+@pytest.mark.parametrize(("name", "runs_whole"), [("tokens, tied", True), ("folded", False)])
+def test_networks_that_mix_rows_go_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, runs_whole: bool
+) -> None:
+    world, model = world_of("class-incremental"), made(name)
+    trials = trials_of(world)
+    asked = []
+    prepared = Int8Runtime().prepare(model, model.initial())
+    original = type(prepared).calibrated_group
+    monkeypatch.setattr(
+        type(prepared),
+        "calibrated_group",
+        lambda *a, **k: asked.append(1) or original(*a, **k),
+    )
+    evaluate_group(model, model.initial(), prepared, trials)
+    assert bool(asked) == runs_whole
+
+
+@pytest.mark.parametrize("which", [[], [5], [2, 5], [5, 5]])
+def test_groups_with_next_to_nothing_in_them(which: list[int]) -> None:
+    world, model = world_of("domain-incremental"), made("mlp")
+    prepared = Int8Runtime().prepare(model, model.initial())
+    trials = [trials_of(world)[i] for i in which]
+    found = evaluate_group(model, model.initial(), prepared, trials)
+    assert [c.count for c in found] == [(0, 0)] * len(which)
+    assert {c.model_bytes for c in found} <= {prepared.calibrated(torch.empty(0)).model_bytes}
+
+
+def test_the_float_runtime_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, model = world_of("class-incremental"), made("mlp")
+    params, trials = model.initial(), trials_of(world)
+    prepared = FloatRuntime().prepare(model, params)
+    expected = evaluate_group(model, params, prepared, trials)
+    calls = []
+    original = FlatModel.__call__
+    monkeypatch.setattr(FlatModel, "__call__", lambda *a: calls.append(1) or original(*a))
+    assert evaluate_group(model, params, prepared, trials) == expected
+    assert len(calls) == 1
+    assert all(c.served == c.float_ for c in expected)
