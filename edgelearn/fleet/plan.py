@@ -62,6 +62,9 @@ def make_plan(
     if engine in ONE_WORKER and (num_workers or 1) > 1:
         raise RunError(f"the {engine} engine has one worker, got {num_workers}; use pool")
     flops, cores = forward_flops(world), os.cpu_count() or 1
+    if engine in ("reference", "pool"):  # which run anything: no hook is tried out
+        workers = 1 if engine in ONE_WORKER else num_workers or cores
+        return Plan(engine, workers, "asked for", flops)
     obstacles = {
         "native": native.why_not(world, learner),
         "batched": batched.why_not(world, learner),

@@ -6,6 +6,7 @@ stay with their device and are reported in the same words.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,8 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgelearn.device.fleet_store import UNWRITTEN, FleetStore
+from edgelearn.continual.memory import Memory
+from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
 from edgelearn.device.learner import make_learner
+from edgelearn.device.vmapped import train_vmapped
 from edgelearn.fleet import batched, native
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Engine, Job, Phase
@@ -33,6 +36,7 @@ NUM_DEVICES = 7
 EMPTY_DEVICE, SINGLE_DEVICE, SICK_DEVICE = 4, 5, 2
 HAS_KERNELS = importlib.util.find_spec("edgelearn_native") is not None
 HERE = f"{Path(__file__)}"
+HOOKS = f"{Path(__file__).with_name('hooks.py')}"
 
 Open = Callable[[World, Path], Engine]
 TIERS: dict[str, Open] = {
@@ -74,6 +78,14 @@ def uneven(_spec: Any = None, *, is_sick: bool = False) -> Dataset:
     )
 
 
+def even(_spec: Any) -> Dataset:
+    """Users own equally many images, but for one that owns more."""
+    found, counts = uneven(), [18] + [12] * (NUM_DEVICES - 1)
+    y = np.concatenate([np.arange(count) % 4 for count in counts])
+    users = np.repeat(np.arange(NUM_DEVICES), counts)
+    return dataclasses.replace(found, x_train=found.x_train[: len(y)], y_train=y, users_train=users)
+
+
 def sick(_spec: Any) -> Dataset:
     """One device's samples are infinite."""
     return uneven(is_sick=True)
@@ -96,6 +108,16 @@ def curved(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return Curved()
 
 
+def noisy(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a network that draws from torch's generator."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 9), nn.Dropout(), nn.Linear(9, 4))
+
+
+def normed(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a network with statistics that forward passes write."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 9), nn.BatchNorm1d(9), nn.Linear(9, 4))
+
+
 def deep(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Build a deep stack, partly without biases."""
     return nn.Sequential(
@@ -115,6 +137,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep": {"name": f"{HERE}:deep"},
     "cnn": {"name": "cnn", "args": {"channels": [3, 5], "hidden": 8, "kernel_size": 3}},
     "tanh": {"name": f"{HERE}:curved"},
+    "dropout": {"name": f"{HERE}:noisy"},
+    "batch-norm": {"name": f"{HERE}:normed"},
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "naive": {"strategy": "naive"},
@@ -126,7 +150,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ewc": {"strategy": "ewc", "args": {"strength": 30.0}},
     "ewc-separate": {"strategy": "ewc", "args": {"strength": 5.0, "mode": "separate"}},
     "ewc-explicit": {"strategy": "ewc", "args": {"strength": 1.0, "step": "explicit"}},
+    **{kind: {"strategy": f"{HOOKS}:{kind}"} for kind in ("Functional", "Noisy", "Looks", "Fails")},
 }
+BUILT_IN = [name for name in STRATEGIES if name[0].islower()]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "epochs": {"epochs": 3, "batch_size": 4},
@@ -183,6 +209,13 @@ class Fleet:
                 self.store.written(device, done.checksums[row])
         self.store.commit()
         return done, updates
+
+    @staticmethod
+    def memories(world: World, folder: Path) -> list[Memory]:
+        """Return what both generations of each device's state hold."""
+        layout = RecordLayout.of(make_learner(world).declaration)
+        file = RecordFile(folder / "devices.bin", layout, NUM_DEVICES)
+        return [file.read(d, slot, None) for d in range(NUM_DEVICES) for slot in (0, 1)]
 
     def consolidate(self, params: Tensor, *, but: int | None = None) -> None:
         """Consolidate the first experience; `but` was away, and has to catch up."""
@@ -241,8 +274,8 @@ def covered(tier: str, world: World) -> None:
 
 
 CASES = [
-    *(("mlp", strategy, option) for strategy in STRATEGIES for option in OPTIONS),
-    *((model, strategy, "momentum") for model in ("cnn", "deep") for strategy in STRATEGIES),
+    *(("mlp", strategy, option) for strategy in BUILT_IN for option in OPTIONS),
+    *((model, strategy, "momentum") for model in ("cnn", "deep") for strategy in BUILT_IN),
     *((model, strategy, "plain") for model in MODELS for strategy in ("naive", "replay", "ewc")),
 ]
 
@@ -262,6 +295,42 @@ def test_a_tier_equals_the_reference(
     assert (tmp_path / tier / "devices.bin").read_bytes() == (
         tmp_path / "reference" / "devices.bin"
     ).read_bytes()
+
+
+STACKED_BY_AUTOGRAD = [
+    *(("tanh", strategy, "momentum") for strategy in STRATEGIES),
+    *(("tanh", "naive", option) for option in OPTIONS),
+    *(("mlp", strategy, "adam") for strategy in STRATEGIES),
+]
+
+
+@pytest.mark.parametrize(("model", "strategy", "option"), dict.fromkeys(STACKED_BY_AUTOGRAD))
+def test_stacks_by_autograd_equal_the_reference(
+    tmp_path: Path, model: str, strategy: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(model, strategy, option, "even")
+    mu = 0.3 if option in ("decay", "momentum") else 0.0
+    expected = [*life(world, tmp_path / "reference", ReferenceEngine, mu=mu)]
+    stacks = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        found = train_vmapped(*arguments, **named)
+        stacks.append(len(found[0].loss))
+        return found
+
+    monkeypatch.setattr(batched, "train_vmapped", counted)
+    reason = batched.why_not(world, make_learner(world))
+    assert (reason is None) == (strategy not in ("Looks", "Fails"))
+    stacks.clear()
+    found = [*life(world, tmp_path / "batched", BatchedEngine, mu=mu)]
+    for one, other in zip(found, expected, strict=True):
+        assert_alike(one, other)
+    # One device has no like, and in the second experience another has to catch up.
+    assert stacks == ([] if reason else [6, 5])
+    memories = [Fleet.memories(world, tmp_path / tier) for tier in ("batched", "reference")]
+    for one, other in zip(*memories, strict=True):
+        for name in one:
+            assert torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("strategy", ["replay", "ewc"])
@@ -316,15 +385,19 @@ def test_a_tier_that_does_not_cover_a_scenario_says_why() -> None:
         return [batched.why_not(world, learner), native.why_not(world, learner)]
 
     assert reasons("cnn")[0] == "the network has convolutions, which are slower in a stack"
+    assert reasons("batch-norm")[0] == "some of the network's tensors are not trained by gradient"
+    assert (reasons("dropout")[0] or "").startswith("devices can't be stacked: RuntimeError: vmap")
+    assert (reasons("mlp", "Looks")[0] or "").startswith("devices can't be stacked: ")
+    assert reasons("mlp", "Fails")[0] == "devices can't be stacked: ValueError: no batch today"
     stacked, compiled = reasons("tanh")
-    layers = "Linear, Conv2d, ReLU, MaxPool2d nor Flatten"
-    assert stacked == f"the network is no plain stack: Curved is neither {layers}"
-    assert reasons("mlp")[0] is None
+    assert stacked is None
+    assert reasons("mlp") == [None, None if HAS_KERNELS else native.MISSING]
+    assert reasons("mlp", option="adam")[0] is None
     if HAS_KERNELS:
-        assert compiled == stacked
-        assert reasons("mlp")[1] is None
+        layers = "Linear, Conv2d, ReLU, MaxPool2d nor Flatten"
+        assert compiled == f"the network is no plain stack: Curved is neither {layers}"
         assert reasons("mlp", "ewc-explicit")[1] == "EWC takes its penalty as a gradient"
-        assert reasons("mlp", option="adam") == ["the optimizer is adam"] * 2
+        assert reasons("mlp", option="adam")[1] == "the optimizer is adam"
     else:
         assert compiled == native.MISSING
 
