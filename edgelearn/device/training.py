@@ -81,16 +81,15 @@ class Training:
         if len(samples) == 0:
             return Trained(params.clone(), memory, 0.0, 0, 0)
         steps = self.steps(samples, memory, seed)
-        stack = self.linear_stack(samples.store.sample_shape)
+        stack = self._written_out(samples)
         if stack is None:
             return self._by_autograd(params, memory, steps, seed, proximal_mu)
         return self._by_hand(stack, params, memory, steps, proximal_mu)
 
-    def linear_stack(self, sample_shape: tuple[int, ...]) -> Stack | None:
-        """Return the network's structure if training can be written out; None if it can't."""
+    def _written_out(self, samples: Samples) -> Stack | None:
         if not self.strategy.is_declared or self.spec.optimizer != "sgd":
             return None
-        stack = stack_of(self.model, sample_shape)
+        stack = stack_of(self.model, samples.store.sample_shape)
         return stack if stack is not None and stack.is_linear else None
 
     def steps(self, samples: Samples, memory: Memory, seed: int) -> Iterator[Step]:

@@ -34,7 +34,7 @@ from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, wei
 from edgelearn.fleet.reference import ReferenceEngine, one_thread
 from edgelearn.scenario.samples import EMPTY, Samples
 from edgelearn.scenario.world import World
-from edgelearn.stack import Stack
+from edgelearn.stack import NotAStackError, Stack
 
 _log = logging.getLogger(__name__)
 _FEWEST = 4
@@ -43,27 +43,39 @@ _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def why_not(world: World, learner: Learner) -> str | None:
-    """Return what keeps a scenario from the batched tier; None if nothing does."""
-    layout, strategy = learner.model.layout, learner.strategy
+def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str | None:
+    """Return what keeps a scenario from the batched tier; None if nothing does.
+
+    Args:
+        world: The scenario's world.
+        learner: Its learner.
+        tries_hooks: Whether to find out, by calling them here, if hooks and network that no
+            written-out pass knows can be stacked; else they can't.
+    """
+    layout = learner.model.layout
     if rows_in_cache(layout.size) < _FEWEST:
         return f"fewer than {_FEWEST} networks of {layout.size:,} parameters fit into the cache"
     if any(isinstance(layer, _CONVOLUTIONS) for layer in learner.model.module.modules()):
         return "the network has convolutions, which are slower in a stack"
-    if _written_out(world, learner) is not None:
-        return None
-    if strategy.overrides("upload"):
-        return f"{type(strategy).__name__} changes what a device sends"
+    obstacle = _not_written_out(world, learner)
+    if obstacle is None or not tries_hooks:
+        return obstacle
+    if learner.strategy.overrides("upload"):
+        return f"{type(learner.strategy).__name__} changes what a device sends"
     if layout.size != layout.num_trained:
         return "some of the network's tensors are not trained by gradient"
     return _probe(world, learner)
 
 
-def _written_out(world: World, learner: Learner) -> Stack | None:
-    """Return the network's structure where the written-out pass trains it; else None."""
-    if together.not_declared(learner) is not None:
-        return None
-    return _training(learner).linear_stack(world.sample_shape)
+def _not_written_out(world: World, learner: Learner) -> str | None:
+    """Return why no written-out pass trains a scenario; None if one does."""
+    if (reason := together.not_declared(learner)) is not None:
+        return reason
+    try:
+        is_linear = Stack.of(learner.model, world.sample_shape).is_linear
+    except NotAStackError as error:
+        return f"the network is no plain stack: {error}"
+    return None if is_linear else "the network is more than linear layers"
 
 
 def _training(learner: Learner) -> Training:
@@ -132,7 +144,9 @@ class BatchedEngine:
         self._world, self._learner = world, make_learner(world)
         self._rest = ReferenceEngine(world, store_path)
         self._memories = together.open_memories(world, self._learner, store_path)
-        self._stack = _written_out(world, self._learner)
+        self._stack = None
+        if _not_written_out(world, self._learner) is None:
+            self._stack = Stack.of(self._learner.model, world.sample_shape)
         self._rows = max(rows_in_cache(self._learner.model.layout.size), 1)
 
     @property

@@ -22,10 +22,11 @@ from edgelearn.continual.memory import Memory
 from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
 from edgelearn.device.learner import make_learner
 from edgelearn.device.vmapped import train_vmapped
-from edgelearn.fleet import batched, native
+from edgelearn.fleet import batched, native, ray
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Engine, Job, Phase
 from edgelearn.fleet.native import NativeEngine
+from edgelearn.fleet.plan import make_plan
 from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
 from edgelearn.scenario.datasets import Dataset
@@ -319,7 +320,7 @@ def test_stacks_by_autograd_equal_the_reference(
         return found
 
     monkeypatch.setattr(batched, "train_vmapped", counted)
-    reason = batched.why_not(world, make_learner(world))
+    reason = batched.why_not(world, make_learner(world), tries_hooks=True)
     assert (reason is None) == (strategy not in ("Looks", "Fails"))
     stacks.clear()
     found = [*life(world, tmp_path / "batched", BatchedEngine, mu=mu)]
@@ -385,21 +386,44 @@ def test_a_tier_that_does_not_cover_a_scenario_says_why() -> None:
         return [batched.why_not(world, learner), native.why_not(world, learner)]
 
     assert reasons("cnn")[0] == "the network has convolutions, which are slower in a stack"
-    assert reasons("batch-norm")[0] == "some of the network's tensors are not trained by gradient"
-    assert (reasons("dropout")[0] or "").startswith("devices can't be stacked: RuntimeError: vmap")
-    assert (reasons("mlp", "Looks")[0] or "").startswith("devices can't be stacked: ")
-    assert reasons("mlp", "Fails")[0] == "devices can't be stacked: ValueError: no batch today"
     stacked, compiled = reasons("tanh")
-    assert stacked is None
-    assert reasons("mlp") == [None, None if HAS_KERNELS else native.MISSING]
-    assert reasons("mlp", option="adam")[0] is None
+    layers = "Linear, Conv2d, ReLU, MaxPool2d nor Flatten"
+    assert stacked == f"the network is no plain stack: Curved is neither {layers}"
+    assert reasons("mlp")[0] is None
     if HAS_KERNELS:
-        layers = "Linear, Conv2d, ReLU, MaxPool2d nor Flatten"
-        assert compiled == f"the network is no plain stack: Curved is neither {layers}"
+        assert compiled == stacked
+        assert reasons("mlp")[1] is None
         assert reasons("mlp", "ewc-explicit")[1] == "EWC takes its penalty as a gradient"
-        assert reasons("mlp", option="adam")[1] == "the optimizer is adam"
+        assert reasons("mlp", option="adam") == ["the optimizer is adam"] * 2
     else:
         assert compiled == native.MISSING
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "reason"),
+    [
+        ("tanh", "naive", None),
+        ("cnn", "Functional", "the network has convolutions, which are slower in a stack"),
+        ("batch-norm", "naive", "some of the network's tensors are not trained by gradient"),
+        ("dropout", "naive", "devices can't be stacked: RuntimeError: vmap"),
+        ("mlp", "Looks", "devices can't be stacked: RuntimeError: vmap"),
+        ("mlp", "Fails", "devices can't be stacked: ValueError: no batch today"),
+    ],
+)
+def test_hooks_are_tried_out_where_they_may_run(
+    model: str, strategy: str, reason: str | None
+) -> None:
+    world = world_of(model, strategy)
+    learner = make_learner(world)
+    found = batched.why_not(world, learner, tries_hooks=True)
+    assert found == reason or (found or "").startswith(reason or "-")
+    plan = make_plan(world, learner)
+    if model != "cnn":
+        assert plan.tier == ("batched" if reason is None else "reference")
+    # In other processes they may do what they like.
+    for engine, inner in (("pool", ""), ("ray", "reference")):
+        if engine == "pool" or ray.is_installed():
+            assert make_plan(world, learner, engine=engine).inner == inner
 
 
 def test_new_devices_have_nothing_to_read(tmp_path: Path) -> None:
