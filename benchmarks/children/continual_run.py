@@ -31,6 +31,8 @@ def main() -> None:
     options: dict[str, Any] = {"engine": asked["engine"], "on_round": on_round}
     if "federation" in inspect.signature(edgelearn.simulate).parameters:
         options["federation"] = asked["federation"]
+    elif asked["federation"] != "faithful":
+        raise SystemExit(f"this edgelearn can't federate {asked['federation']}")
     with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:
         out = Path(folder) / "run"
         clock.start()

@@ -37,6 +37,8 @@ def main() -> None:
     options: dict[str, Any] = {"engine": asked["engine"], "on_round": on_round}
     if "federation" in inspect.signature(edgelearn.simulate).parameters:
         options["federation"] = asked["federation"]
+    elif asked["federation"] != "faithful":
+        raise SystemExit(f"this edgelearn can't federate {asked['federation']}")
     if asked.get("num_workers"):
         options["num_workers"] = asked["num_workers"]
     with tempfile.TemporaryDirectory(prefix="bench-run-") as folder:

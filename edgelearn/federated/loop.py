@@ -87,6 +87,8 @@ class RoundLoop:
     on_round: Callable[[Progress], None] | None = None
     checkpoint_every_s: float = 1.0
     _best: dict[int, float] = field(default_factory=dict)
+    _num_updates: int = 0
+    _training_s: float = 0.0
 
     def run(self, params: Tensor, resumed: Checkpoint | None = None) -> Tensor:
         """Run all rounds that are left.
@@ -122,6 +124,11 @@ class RoundLoop:
         traffic = self.exchange.traffic
         return traffic.up.tolist(), traffic.down.tolist()
 
+    @property
+    def updates_per_s(self) -> float:
+        """Devices trained and aggregated per second of wall time, in this process."""
+        return self._num_updates / self._training_s if self._training_s else 0.0
+
     def _round(self, server_round: int, params: Tensor) -> Tensor:
         started, traffic = time.perf_counter(), self.exchange.traffic
         up, down = int(traffic.up.sum()), int(traffic.down.sum())
@@ -129,6 +136,8 @@ class RoundLoop:
         ends = self.stream.ends_experience(server_round)
         self.fleet.begin_round(server_round, min_devices=self.scenario.fleet.cohort)
         fitted = self.exchange.fit(server_round, position, params)
+        self._training_s += time.perf_counter() - started
+        self._num_updates += len(fitted.outcomes)
         params = fitted.params
         line: Line = {"kind": "round", "round": server_round, "position": position, **fitted.line}
         if ends:

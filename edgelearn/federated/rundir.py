@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 import edgelearn
 from edgelearn.device.learner import Learner
 from edgelearn.errors import StateError
+from edgelearn.federated.loop import RoundLoop
 from edgelearn.federated.record import Line, RunRecord
 from edgelearn.files import exclusive, write_atomic
 from edgelearn.params import Layout
@@ -115,11 +116,9 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
     }
 
 
-def end_line(
-    scenario: Scenario, totals: tuple[Sequence[int], Sequence[int]], *, wall_s: float, cpu_s: float
-) -> Line:
-    """Return the last line of a record; `totals` are bytes up and down by device."""
-    up, down = totals
+def end_line(scenario: Scenario, loop: RoundLoop, *, wall_s: float, cpu_s: float) -> Line:
+    """Return the last line of a record."""
+    up, down = loop.totals()
     return {
         "kind": "end",
         "rounds": scenario.num_rounds,
@@ -127,6 +126,7 @@ def end_line(
         "bytes_down": list(down),
         "wall_s": wall_s,
         "cpu_s": cpu_s,
+        "updates_per_s": loop.updates_per_s,
     }
 
 

@@ -175,6 +175,10 @@ class BatchedEngine:
         """Return sum_k weights_k updates_k [P], added up in the order of rows."""
         return weighted_sum(updates, weights)
 
+    def buffer(self, rows: int, size: int) -> Tensor:
+        """Return memory for updates [rows, size]."""
+        return torch.zeros(rows, size)
+
     def close(self) -> None:
         """Nothing to release."""
         self._rest.close()

@@ -87,7 +87,7 @@ class CohortExecutor:
         for start in range(0, len(asked.devices), rows_in_memory(size)):
             devices = asked.devices[start : start + rows_in_memory(size)]
             if self._updates.shape != (len(devices), size):
-                self._updates = torch.zeros(len(devices), size)
+                self._updates = self._engine.buffer(len(devices), size)
             begun, consolidated = self._store.progress[devices].T.astype(np.int64)
             read_slots, write_slots = self._store.slots_of(devices)
             cohort = CohortFit(

@@ -70,6 +70,7 @@ class Done:
         progress: Experiences begun and consolidated now; None if that did not change.
         checksum: Of the device's new memory; None if it was not written.
         num_samples: Samples that passed through training.
+        norm: Euclidean norm of the update.
         error: Why it failed; None if it did not.
         died: Whether its process died, so that what it was writing can't be trusted.
     """
@@ -79,6 +80,7 @@ class Done:
     progress: tuple[int, int] | None = None
     checksum: int | None = None
     num_samples: int = 0
+    norm: float = 0.0
     error: str | None = None
     died: bool = False
 
@@ -191,6 +193,7 @@ class CohortDone:
         self.loss[row] = done.metrics["loss"]
         self.num_steps[row] = done.metrics["num-steps"]
         self.num_samples[row] = done.num_samples
+        self.norms[row] = done.norm
         if done.progress is not None:
             self.progress[row] = done.progress
         if done.checksum is not None:
@@ -216,7 +219,8 @@ class CohortDone:
         }
         begun, consolidated = self.progress[index].tolist()
         checksum = self.checksums.get(index)
-        return Done(row, metrics, (begun, consolidated), checksum, int(self.num_samples[index]))
+        passed, norm = int(self.num_samples[index]), float(self.norms[index])
+        return Done(row, metrics, (begun, consolidated), checksum, passed, norm)
 
 
 def failure(job: Job, error: Exception) -> Done:
@@ -261,8 +265,11 @@ class Engine(Protocol):
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return sum_k weights_k updates_k [P], added up in the order of rows.
 
-        Rows of weight 0 do not count, whatever they hold.
+        Rows of weight 0 do not count, whatever they hold; they may be overwritten.
         """
+
+    def buffer(self, rows: int, size: int) -> Tensor:
+        """Return memory for updates [rows, size] that `fit` fills without copying."""
 
     def close(self) -> None:
         """Release processes and memory."""
@@ -280,13 +287,11 @@ def fit_by_jobs(
     for result in run(cohort.jobs(range(len(cohort)), costs), params, updates):
         done.take(result)
     updates[list(done.errors)] = 0
-    done.norms[:] = torch.linalg.vector_norm(updates, dim=1).numpy()
     return done
 
 
 def weighted_sum(updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
     """Return sum_k weights_k updates_k [P]; see `Engine.mean`."""
-    total = torch.zeros(updates.shape[1])
-    for row in np.flatnonzero(weights).tolist():
-        total.add_(updates[row], alpha=float(weights[row]))
-    return total
+    if (left_out := np.flatnonzero(weights == 0)).size:
+        updates[torch.from_numpy(left_out)] = 0  # 0 times NaN is NaN
+    return torch.mv(updates.t(), torch.from_numpy(weights).to(updates.dtype))

@@ -99,6 +99,10 @@ class NativeEngine:
         self._kernels.weighted_sum(updates.numpy(), weights, total.numpy(), self._num_threads)
         return total
 
+    def buffer(self, rows: int, size: int) -> Tensor:
+        """Return memory for updates [rows, size]."""
+        return torch.zeros(rows, size)
+
     def close(self) -> None:
         """Nothing to release."""
         self._rest.close()

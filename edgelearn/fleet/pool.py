@@ -117,13 +117,18 @@ class PoolEngine:
                 worker = next(w for w in self._workers if w.pipe is pipe)
                 self._take_in(worker, queue, done)
         with_update = [job.row for job in jobs if done[job.row].error is None]
-        if updates.numel():
+        if updates.numel() and updates.data_ptr() != self._updates.data_ptr():
             updates[with_update] = self._updates[with_update]
         return [done[job.row] for job in jobs]
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return sum_k weights_k updates_k [P], added up in the order of rows."""
         return weighted_sum(updates, weights)
+
+    def buffer(self, rows: int, size: int) -> Tensor:
+        """Return shared memory for updates [rows, size], which workers fill."""
+        fits = rows <= len(self._updates) and size == self._updates.shape[1]
+        return self._updates[:rows] if fits else torch.zeros(rows, size)
 
     def close(self) -> None:
         """End the workers."""

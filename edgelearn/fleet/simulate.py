@@ -224,7 +224,7 @@ def _run_on_one_thread(
         )
         params = loop.run(learner.model.initial(), checkpoint)
     wall_s, used_s = time.perf_counter() - started, rundir.cpu_s() - cpu
-    journal.append(rundir.end_line(scenario, loop.totals(), wall_s=wall_s, cpu_s=used_s))
+    journal.append(rundir.end_line(scenario, loop, wall_s=wall_s, cpu_s=used_s))
     return params, journal.record()
 
 

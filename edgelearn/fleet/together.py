@@ -112,7 +112,6 @@ def fit(
         sizes = world.train_sizes(cohort.devices, cohort.position)
         for result in rest(cohort.jobs(late.tolist(), sizes), params, updates):
             done.take(result)
-        done.norms[late] = torch.linalg.vector_norm(updates[torch.from_numpy(late)], dim=1)
     return done
 
 

@@ -104,8 +104,8 @@ class Workbench:
         schema.admit(fit.update.arrays, fit.update.metrics)
         for name, view in self._learner.model.layout.views(update).items():
             view.copy_(fit.update.arrays[name])
-        kept = self._keep(job, state, fit.state)
-        return Done(job.row, fit.update.metrics, *kept, num_samples=fit.num_samples)
+        kept, norm = self._keep(job, state, fit.state), float(update.norm())
+        return Done(job.row, fit.update.metrics, *kept, num_samples=fit.num_samples, norm=norm)
 
     def _state(self, job: Job) -> DeviceState:
         if job.read_slot == UNWRITTEN:

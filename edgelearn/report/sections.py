@@ -195,7 +195,7 @@ def outcomes(record: RunRecord) -> str:
 
 def provenance(record: RunRecord) -> str:
     """Return what is needed to repeat the run, and what in it was measured."""
-    run, engine = record.run, record.run["engine"]
+    run = record.run
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     command = f"edgelearn run {shlex.quote(str(run['scenario']))} --seed {run['seed']}"
     clock_s = record.rounds[-1]["clock_s"] if record.rounds else math.nan
@@ -205,8 +205,7 @@ def provenance(record: RunRecord) -> str:
         "Scenario digest": f"<code>{escape(str(run['digest']))}</code>",
         "Seed": escape(str(run["seed"])),
         "Versions": escape(f"edgelearn {run['edgelearn']}, {versions}"),
-        "Engine": escape(f"{engine['tier']}, {formats.count(engine['workers'], 'worker')}")
-        + f"<br><small>{escape(str(engine['reason']))}</small>",
+        "Engine": _engine(record),
         "Model": f"{run['num_parameters']:,} parameters, served as {escape(str(run['runtime']))}",
         "Memory of a device": f"{formats.size(run['memory_bytes_per_device'])} for learning "
         f"with {escape(str(run['client']))}",
@@ -219,6 +218,16 @@ def provenance(record: RunRecord) -> str:
 <p class="honesty"><b>Measured and modelled.</b> Accuracies and bytes were measured in this run: on
 the models that were served, and on the messages that were sent. The virtual clock, and the latency
 and energy of devices, are modelled from the devices' profiles: not timed on hardware.</p>"""
+
+
+def _engine(record: RunRecord) -> str:
+    engine = record.run["engine"]
+    words = [str(engine["tier"]), formats.count(engine["workers"], "worker")]
+    if "federation" in engine:
+        words.append(f"{engine['federation']} federation")
+    if record.is_complete and "updates_per_s" in record.end:
+        words.append(f"{record.end['updates_per_s']:,.0f} device updates per second (measured)")
+    return f"{escape(', '.join(words))}<br><small>{escape(str(engine['reason']))}</small>"
 
 
 def _computing_time(record: RunRecord) -> str:

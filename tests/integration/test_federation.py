@@ -24,7 +24,7 @@ SERVERS = {
     "FedAdagrad": {"eta": 0.01},
     "FedProx": {"proximal_mu": 0.5},
 }
-DIFFERS = {"wall_s", "cpu_s", "engine"}
+DIFFERS = {"wall_s", "cpu_s", "engine", "updates_per_s"}
 
 
 def lines(directory: Path) -> list[dict[str, object]]:

@@ -23,7 +23,7 @@ from edgelearn.scenario.load import to_toml
 from edgelearn.scenario.spec import Scenario
 
 Make = Callable[..., Scenario]
-TIMES = {"wall_s", "cpu_s"}
+TIMES = {"wall_s", "cpu_s", "updates_per_s"}
 
 
 def result(directory: Path) -> tuple[bytes, list[dict[str, object]]]:
