@@ -80,7 +80,7 @@ class Training:
         """
         if len(samples) == 0:
             return Trained(params.clone(), memory, 0.0, 0, 0)
-        steps = self._steps(samples, memory, seed)
+        steps = self.steps(samples, memory, seed)
         stack = self._written_out(samples)
         if stack is None:
             return self._by_autograd(params, memory, steps, seed, proximal_mu)
@@ -92,15 +92,15 @@ class Training:
         stack = stack_of(self.model, samples.store.sample_shape)
         return stack if stack is not None and stack.is_linear else None
 
-    def _steps(self, samples: Samples, memory: Memory, seed: int) -> Iterator[_Step]:
+    def steps(self, samples: Samples, memory: Memory, seed: int) -> Iterator[Step]:
         """Yield the batch of each step, joined by what the strategy adds from memory.
 
-        `after_step` may replace the memory, so the caller sends the current one back in `_Step`.
+        `after_step` may replace the memory, so the caller sends the current one back in `Step`.
         """
         strategy, size = self.strategy, self.spec.batch_size
         extends = strategy.overrides("extend") or strategy.rehearsal() is not None
         generator = torch.Generator().manual_seed(seed) if extends else None
-        step = _Step(memory)
+        step = Step(memory)
         for epoch in range(self.spec.epochs):
             order = torch.from_numpy(permutation(split(seed, epoch), len(samples)))
             for batch in _batches(samples, order, size):
@@ -111,7 +111,7 @@ class Training:
                 yield step
 
     def _by_autograd(
-        self, params: Tensor, memory: Memory, steps: Iterator[_Step], seed: int, mu: float
+        self, params: Tensor, memory: Memory, steps: Iterator[Step], seed: int, mu: float
     ) -> Trained:
         strategy, model, spec = self.strategy, self.model, self.spec
         pull = strategy.pull()
@@ -125,7 +125,7 @@ class Training:
         model.module.train()
         current = local[: model.layout.num_trained].requires_grad_()
         reference = params[: model.layout.num_trained]
-        optimizer = _optimizer(spec, current)
+        optimizer = make_optimizer(spec, current)
         total, count, passed = 0.0, 0, 0
         # Dropout and the like draw from torch's global generator.
         with _layers_seeded(derive(seed, "layers")), _counters_restored(model.module):
@@ -155,7 +155,7 @@ class Training:
 
     @torch.no_grad()
     def _by_hand(
-        self, stack: Stack, params: Tensor, memory: Memory, steps: Iterator[_Step], mu: float
+        self, stack: Stack, params: Tensor, memory: Memory, steps: Iterator[Step], mu: float
     ) -> Trained:
         spec, pull = self.spec, self.strategy.pull()
         local = params.clone()
@@ -190,7 +190,7 @@ class Training:
         return Trained(local, memory, total / count, count, passed)
 
 
-class _Step:
+class Step:
     """One step's batch, and the memory as it is now."""
 
     __slots__ = ("batch", "memory")
@@ -209,9 +209,11 @@ def _batches(samples: Samples, order: Tensor, size: int) -> Iterator[Batch]:
         yield from samples.batch(positions).split(size)
 
 
-class _Optimizer(Protocol):
+class Optimizer(Protocol):
+    """Changes parameters in place."""
+
     def step(self, gradients: Tensor) -> None:
-        """Change the parameters in place."""
+        """Take a step."""
 
 
 class _Sgd:
@@ -247,7 +249,8 @@ class _Torch:
         self._optimizer.step()
 
 
-def _optimizer(spec: ClientSpec, params: Tensor) -> _Optimizer:
+def make_optimizer(spec: ClientSpec, params: Tensor) -> Optimizer:
+    """Return an optimizer that works element by element, on a vector or a stack of vectors."""
     return _Sgd(spec, params) if spec.optimizer == "sgd" else _Torch(spec, params)
 
 

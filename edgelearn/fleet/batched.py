@@ -1,5 +1,8 @@
 """Batched tier: tiny networks of many devices trained as one stack, in this process.
 
+Linear networks with a strategy that declares what it does are trained by a written-out pass
+(`device.stacked`), others by autograd over all devices at once (`device.vmapped`).
+
 It pays only while the parameters of a stack stay in the second-level cache, so only networks of
 which at least four fit are trained so; `why_not` says what keeps a scenario from it. Everything but
 plain local training is done as the reference tier does it.
@@ -7,45 +10,113 @@ plain local training is done as the reference tier does it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from edgelearn.continual.memory import Memory
+from edgelearn.device.fleet_store import UNWRITTEN
 from edgelearn.device.learner import Learner, make_learner
-from edgelearn.device.stacked import Devices, train_stack
+from edgelearn.device.stacked import Devices, StackTrained, train_stack
+from edgelearn.device.training import Training
+from edgelearn.device.vmapped import Learners, train_vmapped
 from edgelearn.fleet import together
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, weighted_sum
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, weighted_sum
 from edgelearn.fleet.reference import ReferenceEngine, one_thread
-from edgelearn.scenario.samples import EMPTY
+from edgelearn.scenario.samples import EMPTY, Samples
 from edgelearn.scenario.world import World
 from edgelearn.stack import NotAStackError, Stack
 
+_log = logging.getLogger(__name__)
 _FEWEST = 4
 _MOST = 256
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def why_not(world: World, learner: Learner) -> str | None:
-    """Return what keeps a scenario from the batched tier; None if nothing does."""
+def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str | None:
+    """Return what keeps a scenario from the batched tier; None if nothing does.
+
+    Args:
+        world: The scenario's world.
+        learner: Its learner.
+        tries_hooks: Whether to find out, by calling them here, if hooks and network that no
+            written-out pass knows can be stacked; else they can't.
+    """
+    layout = learner.model.layout
+    if rows_in_cache(layout.size) < _FEWEST:
+        return f"fewer than {_FEWEST} networks of {layout.size:,} parameters fit into the cache"
+    if any(isinstance(layer, _CONVOLUTIONS) for layer in learner.model.module.modules()):
+        return "the network has convolutions, which are slower in a stack"
+    obstacle = _not_written_out(world, learner)
+    if obstacle is None or not tries_hooks:
+        return obstacle
+    if learner.strategy.overrides("upload"):
+        return f"{type(learner.strategy).__name__} changes what a device sends"
+    if layout.size != layout.num_trained:
+        return "some of the network's tensors are not trained by gradient"
+    return _probe(world, learner)
+
+
+def _not_written_out(world: World, learner: Learner) -> str | None:
+    """Return why no written-out pass trains a scenario; None if one does."""
     if (reason := together.not_declared(learner)) is not None:
         return reason
     try:
-        stack = Stack.of(learner.model, world.sample_shape)
+        is_linear = Stack.of(learner.model, world.sample_shape).is_linear
     except NotAStackError as error:
         return f"the network is no plain stack: {error}"
-    if not stack.is_linear:
-        return "the network has convolutions, which are slower in a stack"
-    if rows_in_cache(stack.num_params) < _FEWEST:
-        return (
-            f"fewer than {_FEWEST} networks of {stack.num_params:,} parameters fit into the cache"
-        )
+    return None if is_linear else "the network is more than linear layers"
+
+
+def _training(learner: Learner) -> Training:
+    return Training(learner.model, learner.strategy, learner.spec)
+
+
+def _probe(world: World, learner: Learner) -> str | None:
+    """Return why hooks or network can't be stacked, as two made-up devices find it out.
+
+    Made up, so that a run decides the same when it is resumed.
+    """
+    ids = torch.arange(min(learner.spec.batch_size, len(world.train.y)), dtype=torch.int32)
+    initial = learner.initial_state(world.train).memory
+    memory = {name: torch.stack([value, value]) for name, value in initial.items()}
+    twins = Learners([Samples(world.train, ids)] * 2, np.zeros(2, np.uint64), memory)
+    try:
+        with one_thread():
+            _stacked(learner, learner.model.initial(), twins, 0.0)
+    except _NoStackError as error:
+        return f"devices can't be stacked: {error}"
     return None
+
+
+class _NoStackError(Exception):
+    """Hooks or network can't be stacked; the message is the reason."""
+
+
+def _stacked(
+    learner: Learner, params: Tensor, learners: Learners, mu: float
+) -> tuple[StackTrained, dict[str, Tensor]]:
+    """Train devices together.
+
+    Raises:
+        _NoStackError: If anything goes wrong.
+    """
+    training = _training(learner)
+    try:
+        return train_vmapped(training, learner.declaration, params, learners, proximal_mu=mu)
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise _NoStackError(f"{type(error).__name__}: {reason}") from error
 
 
 def rows_in_cache(num_params: int) -> int:
@@ -73,8 +144,10 @@ class BatchedEngine:
         self._world, self._learner = world, make_learner(world)
         self._rest = ReferenceEngine(world, store_path)
         self._memories = together.open_memories(world, self._learner, store_path)
-        self._stack = Stack.of(self._learner.model, world.sample_shape)
-        self._rows = max(rows_in_cache(self._stack.num_params), 1)
+        self._stack = None
+        if _not_written_out(world, self._learner) is None:
+            self._stack = Stack.of(self._learner.model, world.sample_shape)
+        self._rows = max(rows_in_cache(self._learner.model.layout.size), 1)
 
     @property
     def name(self) -> str:
@@ -93,9 +166,10 @@ class BatchedEngine:
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort in stacks, apart from devices that have to catch up first."""
         with one_thread():
-            return together.fit(
-                cohort, params, updates, self._world, self._learner, self._train, self._rest.run
-            )
+            if self._stack is None:
+                return self._fit_vmapped(cohort, params, updates)
+            train = partial(self._train, self._stack)
+            return self._fit(cohort, params, updates, train)
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return sum_k weights_k updates_k [P], added up in the order of rows."""
@@ -109,7 +183,75 @@ class BatchedEngine:
         """Nothing to release."""
         self._rest.close()
 
-    def _train(self, cohort: CohortFit, params: Tensor, out: Tensor) -> together.Trained:
+    def _fit(
+        self, cohort: CohortFit, params: Tensor, updates: Tensor, train: together.Train
+    ) -> CohortDone:
+        return together.fit(
+            cohort, params, updates, self._world, self._learner, train, self._rest.run
+        )
+
+    def _fit_vmapped(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
+        """Train stacks of devices with equally many samples, and devices without their like."""
+        done = CohortDone.empty(cohort)
+        for rows in self._alike(self._world.train_sizes(cohort.devices, cohort.position)):
+            part, out = cohort.of(rows), torch.empty(len(rows), updates.shape[1])
+            done.put(rows.tolist(), self._fit_alike(part, params, out))
+            updates[torch.from_numpy(rows)] = out
+        return done
+
+    def _alike(self, sizes: Integers) -> Iterator[Integers]:
+        """Yield the rows of each stack: devices with equally many samples."""
+        rows = np.argsort(-sizes, kind="stable")
+        for group in np.split(rows, np.flatnonzero(np.diff(sizes[rows])) + 1):
+            yield from np.array_split(group, math.ceil(len(group) / self._rows))
+
+    def _fit_alike(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
+        if len(cohort) < _FEWEST:
+            return self._rest.fit(cohort, params, updates)
+        remembered: dict[int, Memory] = {}
+        train = partial(self._train_vmapped, remembered)
+        try:
+            done = self._fit(cohort, params, updates, train)
+        except _NoStackError as error:  # one by one, what a hook raises is its device's failure
+            _log.info("%d devices train one by one: %s", len(cohort), error)
+            return self._rest.fit(cohort, params, updates)
+        if self._learner.strategy.overrides("after_step"):
+            slots = dict(zip(cohort.devices.tolist(), cohort.write_slots.tolist(), strict=True))
+            for row, device in enumerate(cohort.devices.tolist()):
+                if device in remembered and done.num_steps[row]:
+                    memory = remembered[device]
+                    done.checksums[row] = self._memories.write(device, slots[device], memory)
+        return done
+
+    def _train_vmapped(
+        self, remembered: dict[int, Memory], cohort: CohortFit, params: Tensor, out: Tensor
+    ) -> together.Trained:
+        """Train all of a cohort as one stack; note what each device remembers then."""
+        learner, places = self._learner, (cohort.devices, cohort.read_slots)
+        initial = learner.initial_state().memory
+        memory = {name: self._gathered(name, *places, initial[name]) for name in initial}
+        ids, starts = self._world.train_ids(cohort.devices, cohort.position)
+        samples = [
+            Samples(self._world.train, own)
+            for own in torch.split(torch.from_numpy(ids), np.diff(starts).tolist())
+        ]
+        learners = Learners(samples, together.seeds_of(learner.seed, cohort), memory)
+        found, memory = _stacked(learner, params, learners, cohort.proximal_mu)
+        for k, device in enumerate(cohort.devices.tolist()):
+            remembered[device] = Memory({name: rows[k] for name, rows in memory.items()})
+        torch.sub(found.params, params, out=out)
+        norms = torch.linalg.vector_norm(out, dim=1).numpy().astype(np.float64)
+        return together.Trained(found.loss, found.num_steps, found.num_samples, norms)
+
+    def _gathered(self, name: str, devices: Integers, slots: Integers, initial: Tensor) -> Tensor:
+        """Return one tensor of what many devices remember [K, ...]."""
+        values = torch.from_numpy(self._memories.gather(name, devices, slots, fill=0))
+        values[torch.from_numpy(slots == UNWRITTEN)] = initial
+        return values
+
+    def _train(
+        self, stack: Stack, cohort: CohortFit, params: Tensor, out: Tensor
+    ) -> together.Trained:
         """Train all of a cohort, the largest devices first, stack by stack."""
         learner = self._learner
         ids, starts = self._world.train_ids(cohort.devices, cohort.position)
@@ -130,7 +272,7 @@ class BatchedEngine:
         for start in range(0, len(cohort), self._rows):
             rows = largest_first[start : start + self._rows]
             found = train_stack(
-                self._stack,
+                stack,
                 strategy,
                 learner.spec,
                 params,
@@ -138,7 +280,7 @@ class BatchedEngine:
                 everyone.take(rows),
                 proximal_mu=cohort.proximal_mu,
             )
-            out[torch.from_numpy(rows)] = found.params - params
+            out[torch.from_numpy(rows)] = found.params.sub_(params)
             trained.loss[rows], trained.num_steps[rows] = found.loss, found.num_steps
             trained.num_samples[rows] = found.num_samples
         trained.norms[:] = torch.linalg.vector_norm(out, dim=1).numpy()

@@ -64,7 +64,7 @@ def make_plan(
     flops, cores = forward_flops(world), os.cpu_count() or 1
     obstacles = {
         "native": native.why_not(world, learner),
-        "batched": batched.why_not(world, learner),
+        "batched": batched.why_not(world, learner, tries_hooks=engine == "batched"),
         "ray": None if ray.is_installed() else ray.MISSING,
     }
     if (obstacle := obstacles.get(engine)) is not None:
@@ -82,6 +82,9 @@ def make_plan(
         covers = "compiled code covers the network and the strategy"
         return Plan("native", num_workers or cores, covers, flops)
     tier, workers, reason = _without_compiler(world, flops, num_workers, cores, quickest)
+    # Hooks would run in this process anyway, so they can be tried out here.
+    if tier == "reference" and batched.why_not(world, learner, tries_hooks=True) is None:
+        tier, reason = "batched", "autograd can train many devices at once"
     return Plan(tier, workers, f"{reason}; not native: {obstacles['native']}", flops)
 
 

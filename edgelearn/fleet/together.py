@@ -84,6 +84,7 @@ def fit(
     """
     done = CohortDone.empty(cohort)
     behind = cohort.consolidated < cohort.position
+    behind |= cohort.begun > cohort.position + 1  # of another run, which is an error
     if learner.strategy.overrides("start"):
         behind |= cohort.begun <= cohort.position
     rows = np.flatnonzero(~behind)

@@ -6,6 +6,7 @@ stay with their device and are reported in the same words.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,12 +18,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgelearn.device.fleet_store import UNWRITTEN, FleetStore
+from edgelearn.continual.memory import Memory
+from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
 from edgelearn.device.learner import make_learner
-from edgelearn.fleet import batched, native
+from edgelearn.device.vmapped import train_vmapped
+from edgelearn.fleet import batched, native, ray
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Engine, Job, Phase
 from edgelearn.fleet.native import NativeEngine
+from edgelearn.fleet.plan import make_plan
 from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
 from edgelearn.scenario.datasets import Dataset
@@ -33,6 +37,7 @@ NUM_DEVICES = 7
 EMPTY_DEVICE, SINGLE_DEVICE, SICK_DEVICE = 4, 5, 2
 HAS_KERNELS = importlib.util.find_spec("edgelearn_native") is not None
 HERE = f"{Path(__file__)}"
+HOOKS = f"{Path(__file__).with_name('hooks.py')}"
 
 Open = Callable[[World, Path], Engine]
 TIERS: dict[str, Open] = {
@@ -74,6 +79,14 @@ def uneven(_spec: Any = None, *, is_sick: bool = False) -> Dataset:
     )
 
 
+def even(_spec: Any) -> Dataset:
+    """Users own equally many images, but for one that owns more."""
+    found, counts = uneven(), [18] + [12] * (NUM_DEVICES - 1)
+    y = np.concatenate([np.arange(count) % 4 for count in counts])
+    users = np.repeat(np.arange(NUM_DEVICES), counts)
+    return dataclasses.replace(found, x_train=found.x_train[: len(y)], y_train=y, users_train=users)
+
+
 def sick(_spec: Any) -> Dataset:
     """One device's samples are infinite."""
     return uneven(is_sick=True)
@@ -96,6 +109,16 @@ def curved(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return Curved()
 
 
+def noisy(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a network that draws from torch's generator."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 9), nn.Dropout(), nn.Linear(9, 4))
+
+
+def normed(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a network with statistics that forward passes write."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 9), nn.BatchNorm1d(9), nn.Linear(9, 4))
+
+
 def deep(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Build a deep stack, partly without biases."""
     return nn.Sequential(
@@ -115,6 +138,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep": {"name": f"{HERE}:deep"},
     "cnn": {"name": "cnn", "args": {"channels": [3, 5], "hidden": 8, "kernel_size": 3}},
     "tanh": {"name": f"{HERE}:curved"},
+    "dropout": {"name": f"{HERE}:noisy"},
+    "batch-norm": {"name": f"{HERE}:normed"},
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "naive": {"strategy": "naive"},
@@ -126,7 +151,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ewc": {"strategy": "ewc", "args": {"strength": 30.0}},
     "ewc-separate": {"strategy": "ewc", "args": {"strength": 5.0, "mode": "separate"}},
     "ewc-explicit": {"strategy": "ewc", "args": {"strength": 1.0, "step": "explicit"}},
+    **{kind: {"strategy": f"{HOOKS}:{kind}"} for kind in ("Functional", "Noisy", "Looks", "Fails")},
 }
+BUILT_IN = [name for name in STRATEGIES if name[0].islower()]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "epochs": {"epochs": 3, "batch_size": 4},
@@ -183,6 +210,13 @@ class Fleet:
                 self.store.written(device, done.checksums[row])
         self.store.commit()
         return done, updates
+
+    @staticmethod
+    def memories(world: World, folder: Path) -> list[Memory]:
+        """Return what both generations of each device's state hold."""
+        layout = RecordLayout.of(make_learner(world).declaration)
+        file = RecordFile(folder / "devices.bin", layout, NUM_DEVICES)
+        return [file.read(d, slot, None) for d in range(NUM_DEVICES) for slot in (0, 1)]
 
     def consolidate(self, params: Tensor, *, but: int | None = None) -> None:
         """Consolidate the first experience; `but` was away, and has to catch up."""
@@ -241,8 +275,8 @@ def covered(tier: str, world: World) -> None:
 
 
 CASES = [
-    *(("mlp", strategy, option) for strategy in STRATEGIES for option in OPTIONS),
-    *((model, strategy, "momentum") for model in ("cnn", "deep") for strategy in STRATEGIES),
+    *(("mlp", strategy, option) for strategy in BUILT_IN for option in OPTIONS),
+    *((model, strategy, "momentum") for model in ("cnn", "deep") for strategy in BUILT_IN),
     *((model, strategy, "plain") for model in MODELS for strategy in ("naive", "replay", "ewc")),
 ]
 
@@ -262,6 +296,42 @@ def test_a_tier_equals_the_reference(
     assert (tmp_path / tier / "devices.bin").read_bytes() == (
         tmp_path / "reference" / "devices.bin"
     ).read_bytes()
+
+
+STACKED_BY_AUTOGRAD = [
+    *(("tanh", strategy, "momentum") for strategy in STRATEGIES),
+    *(("tanh", "naive", option) for option in OPTIONS),
+    *(("mlp", strategy, "adam") for strategy in STRATEGIES),
+]
+
+
+@pytest.mark.parametrize(("model", "strategy", "option"), dict.fromkeys(STACKED_BY_AUTOGRAD))
+def test_stacks_by_autograd_equal_the_reference(
+    tmp_path: Path, model: str, strategy: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = world_of(model, strategy, option, "even")
+    mu = 0.3 if option in ("decay", "momentum") else 0.0
+    expected = [*life(world, tmp_path / "reference", ReferenceEngine, mu=mu)]
+    stacks = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        found = train_vmapped(*arguments, **named)
+        stacks.append(len(found[0].loss))
+        return found
+
+    monkeypatch.setattr(batched, "train_vmapped", counted)
+    reason = batched.why_not(world, make_learner(world), tries_hooks=True)
+    assert (reason is None) == (strategy not in ("Looks", "Fails"))
+    stacks.clear()
+    found = [*life(world, tmp_path / "batched", BatchedEngine, mu=mu)]
+    for one, other in zip(found, expected, strict=True):
+        assert_alike(one, other)
+    # One device has no like, and in the second experience another has to catch up.
+    assert stacks == ([] if reason else [6, 5])
+    memories = [Fleet.memories(world, tmp_path / tier) for tier in ("batched", "reference")]
+    for one, other in zip(*memories, strict=True):
+        for name in one:
+            assert torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("strategy", ["replay", "ewc"])
@@ -327,6 +397,33 @@ def test_a_tier_that_does_not_cover_a_scenario_says_why() -> None:
         assert reasons("mlp", option="adam") == ["the optimizer is adam"] * 2
     else:
         assert compiled == native.MISSING
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "reason"),
+    [
+        ("tanh", "naive", None),
+        ("cnn", "Functional", "the network has convolutions, which are slower in a stack"),
+        ("batch-norm", "naive", "some of the network's tensors are not trained by gradient"),
+        ("dropout", "naive", "devices can't be stacked: RuntimeError: vmap"),
+        ("mlp", "Looks", "devices can't be stacked: RuntimeError: vmap"),
+        ("mlp", "Fails", "devices can't be stacked: ValueError: no batch today"),
+    ],
+)
+def test_hooks_are_tried_out_where_they_may_run(
+    model: str, strategy: str, reason: str | None
+) -> None:
+    world = world_of(model, strategy)
+    learner = make_learner(world)
+    found = batched.why_not(world, learner, tries_hooks=True)
+    assert found == reason or (found or "").startswith(reason or "-")
+    plan = make_plan(world, learner)
+    if model != "cnn":
+        assert plan.tier == ("batched" if reason is None else "reference")
+    # In other processes they may do what they like.
+    for engine, inner in (("pool", ""), ("ray", "reference")):
+        if engine == "pool" or ray.is_installed():
+            assert make_plan(world, learner, engine=engine).inner == inner
 
 
 def test_new_devices_have_nothing_to_read(tmp_path: Path) -> None:
