@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from edgelearn.fleet import native
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.cohort import rows_in_memory
-from edgelearn.fleet.jobs import Engine
+from edgelearn.fleet.jobs import Engine, weighted_sum
 from edgelearn.fleet.native import NativeEngine
 from edgelearn.fleet.plan import Plan
 from edgelearn.fleet.pool import PoolEngine
@@ -26,7 +27,8 @@ def open_engine(world: World, store_path: Path, plan: Plan) -> Engine:
     """
     if plan.tier == "ray":
         inner = partial(_open_alone, plan.inner)
-        return RayEngine(world, store_path, inner, num_workers=plan.num_workers)
+        mean = native.mean if plan.inner == "native" else weighted_sum
+        return RayEngine(world, store_path, inner, mean, num_workers=plan.num_workers)
     if plan.tier == "pool":
         cohort = min(world.scenario.fleet.cohort, rows_in_memory(world.model().layout.size))
         return PoolEngine(world, store_path, num_workers=plan.num_workers, cohort=cohort)

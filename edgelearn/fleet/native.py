@@ -95,9 +95,7 @@ class NativeEngine:
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return sum_k weights_k updates_k [P], added up in the order of rows."""
-        total = torch.empty(updates.shape[1])
-        self._kernels.weighted_sum(updates.numpy(), weights, total.numpy(), self._num_threads)
-        return total
+        return mean(updates, weights, num_threads=self._num_threads)
 
     def buffer(self, rows: int, size: int) -> Tensor:
         """Return memory for updates [rows, size]."""
@@ -163,6 +161,15 @@ class NativeEngine:
             "curvature_size": self._learner.model.layout.num_trained,
             "strength": pull.strength,
         }
+
+
+def mean(updates: Tensor, weights: NDArray[np.float64], *, num_threads: int = 1) -> Tensor:
+    """Return sum_k weights_k updates_k [P], added up in the order of rows; see `Engine.mean`."""
+    import edgelearn_native as kernels
+
+    total = torch.empty(updates.shape[1])
+    kernels.weighted_sum(updates.numpy(), weights, total.numpy(), num_threads)
+    return total
 
 
 def _plan(stack: Stack) -> Any:

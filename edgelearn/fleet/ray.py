@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -27,13 +28,14 @@ from torch import Tensor
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
 from edgelearn.device.learner import make_learner
 from edgelearn.fleet.evaluation import pieces
-from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Job, Phase, weighted_sum
+from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Job, Phase
 from edgelearn.scenario.world import World
 
 MISSING = "ray is not installed: pip install 'edgelearn[ray]'"
 _PARTS_PER_WORKER = 2  # so that a worker that was dealt small devices gets more
 
 OpenInner = Callable[[World, Path], Engine]
+Mean = Callable[[Tensor, NDArray[np.float64]], Tensor]
 Records = dict[int, bytes]  # row -> a device's memory, as it lies in a record
 
 
@@ -47,7 +49,13 @@ class RayEngine:
     """Actors of a Ray cluster, one processor each."""
 
     def __init__(
-        self, world: World, store_path: Path, open_inner: OpenInner, *, num_workers: int
+        self,
+        world: World,
+        store_path: Path,
+        open_inner: OpenInner,
+        mean: Mean,
+        *,
+        num_workers: int,
     ) -> None:
         """Start the actors.
 
@@ -55,12 +63,13 @@ class RayEngine:
             world: The scenario's world; sent to each machine once.
             store_path: The fleet's state.
             open_inner: Opens the engine that an actor runs.
+            mean: How that engine adds up updates, so that the bits are its own.
             num_workers: Actors.
         """
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
-        self._ray, self._world = ray, world
+        self._ray, self._world, self._mean = ray, world, mean
         self._owns_cluster = not ray.is_initialized()
         if self._owns_cluster:
             where: dict[str, Any] = {"num_cpus": num_workers, "include_dashboard": False}
@@ -70,9 +79,10 @@ class RayEngine:
         layout = RecordLayout.of(make_learner(world).declaration)
         self._remembers = bool(layout.declaration)
         self._file = RecordFile(store_path, layout, world.scenario.fleet.num_devices)
-        remote = ray.remote(num_cpus=1, max_restarts=-1)(_Site)
+        remote = ray.remote(num_cpus=1)(_Site)
         shared = ray.put(world)
-        self._sites: list[Any] = [remote.remote(shared, open_inner) for _ in range(num_workers)]
+        self._start: Callable[[], Any] = partial(remote.remote, shared, open_inner)
+        self._sites = [self._start() for _ in range(num_workers)]
 
     @property
     def name(self) -> str:
@@ -140,7 +150,7 @@ class RayEngine:
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
         """Return sum_k weights_k updates_k [P], added up in the order of rows."""
-        return weighted_sum(updates, weights)
+        return self._mean(updates, weights)
 
     def buffer(self, rows: int, size: int) -> Tensor:
         """Return memory for updates [rows, size]."""
@@ -172,13 +182,20 @@ class RayEngine:
                 running[ask(site, part)] = (site, part)
             (ready,), _ = self._ray.wait(list(running), num_returns=1)
             site, part = running.pop(ready)
-            free.append(site)
             try:
                 answer = self._ray.get(ready)
             except self._ray.exceptions.RayActorError as error:
                 lose(part, f"its Ray actor died ({type(error).__name__})")
+                site = self._replace(site)
             else:
                 take(part, answer)
+            free.append(site)
+
+    def _replace(self, dead: Any) -> Any:
+        """Start an actor in the place of one that died."""
+        new = self._start()
+        self._sites[self._sites.index(dead)] = new
+        return new
 
     def _records(self, places: Iterable[tuple[int, int, int]]) -> Records:
         """Return the memories of devices (row, device, slot) that have one."""
