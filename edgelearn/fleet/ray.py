@@ -82,7 +82,7 @@ class RayEngine:
         remote = ray.remote(num_cpus=1)(_Site)
         shared = ray.put(world)
         self._start: Callable[[], Any] = partial(remote.remote, shared, open_inner)
-        self._sites = [self._start() for _ in range(num_workers)]
+        self._sites: list[Any] = [self._start() for _ in range(num_workers)]
 
     @property
     def name(self) -> str:
