@@ -1,8 +1,9 @@
 """Parameters as one flat float32 vector and its layout.
 
 Load is a copy, an update is in place, an average is an axpy. State dicts and Flower records exist
-only at the border. The vector holds the trainable parameters first and floating-point buffers
-(such as batch-norm statistics) after them.
+only at the border. The vector holds the trainable parameters first, floating-point buffers (such as
+batch-norm statistics) after them, and last what a client strategy shares through the server beside
+the network (such as control variates), which the network itself never sees.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgelearn.errors import StateError
+
+SHARED = "shared/"  # before the names of what is no part of the network
 
 
 @dataclass(frozen=True)
@@ -29,24 +33,34 @@ class Layout:
         names: Tensor names, in order.
         shapes: Their shapes.
         num_trained_tensors: How many of them, from the front, training changes by gradient.
+        num_shared_tensors: How many of them, from the back, are no part of the network.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     num_trained_tensors: int
+    num_shared_tensors: int = 0
 
     @classmethod
-    def of(cls, module: nn.Module) -> Layout:
-        """Return the layout of a module's parameters and floating-point buffers."""
+    def of(
+        cls, module: nn.Module, shared: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> Layout:
+        """Return the layout of a module's parameters and floating-point buffers.
+
+        Args:
+            module: The network.
+            shared: Shapes of tensors that travel beside it, by name.
+        """
         parameters = list(module.named_parameters())
         trained: list[tuple[str, Tensor]] = [(n, p) for n, p in parameters if p.requires_grad]
         carried: list[tuple[str, Tensor]] = [(n, p) for n, p in parameters if not p.requires_grad]
         carried += [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
         tensors = trained + carried
         return cls(
-            names=tuple(name for name, _ in tensors),
-            shapes=tuple(tuple(t.shape) for _, t in tensors),
+            names=(*(name for name, _ in tensors), *(f"{SHARED}{name}" for name in shared)),
+            shapes=(*(tuple(t.shape) for _, t in tensors), *(tuple(s) for s in shared.values())),
             num_trained_tensors=len(trained),
+            num_shared_tensors=len(shared),
         )
 
     @cached_property
@@ -63,6 +77,17 @@ class Layout:
     def num_trained(self) -> int:
         """Number of leading elements that training changes by gradient, T <= P."""
         return sum(self.sizes[: self.num_trained_tensors])
+
+    @cached_property
+    def num_network(self) -> int:
+        """Number of leading elements that are the network, without what is shared beside it."""
+        return sum(self.sizes[: len(self.sizes) - self.num_shared_tensors])
+
+    def shared(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of what travels beside the network in `flat` [P], by the names given."""
+        first = len(self.names) - self.num_shared_tensors
+        views = self.views(flat)
+        return {name.removeprefix(SHARED): views[name] for name in self.names[first:]}
 
     @cached_property
     def digest(self) -> str:
@@ -121,16 +146,27 @@ class FlatModel:
         torch.Size([3, 2])
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, shared: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> None:
+        """Wrap a network.
+
+        Args:
+            module: The network.
+            shared: Shapes of tensors that travel beside it, by name; they begin as zeros.
+        """
         self.module = module
-        self.layout = Layout.of(module)
+        self.layout = Layout.of(module, shared)
         self._places = _places(module)
         # `carry` binds what is not trained to other vectors, so its first values are kept here.
         self._tail = self._values()[self.layout.num_trained :]
 
     def _values(self) -> Tensor:
+        layout = self.layout
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        return self.layout.flatten({name: state[name].detach() for name in self.layout.names})
+        beside = zip(layout.names, layout.shapes, strict=True)
+        state |= {name: torch.zeros(shape) for name, shape in beside if name.startswith(SHARED)}
+        return layout.flatten({name: state[name].detach() for name in layout.names})
 
     def initial(self) -> Tensor:
         """Return a new vector [P] with the module's own values."""
@@ -168,7 +204,8 @@ class FlatModel:
         A training step differentiates with respect to the trained part alone; what a forward
         pass writes (batch-norm statistics) lands in the tail of this vector.
         """
-        names = self.layout.names[self.layout.num_trained_tensors :]
+        last = len(self.layout.names) - self.layout.num_shared_tensors
+        names = self.layout.names[self.layout.num_trained_tensors : last]
         if not names:
             return
         views = self.layout.views(params)

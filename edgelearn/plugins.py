@@ -57,6 +57,14 @@ def resolve(reference: str, group: str) -> Any:
         ) from error
 
 
+def joined(reference: str) -> list[str]:
+    """Return the parts of a reference that "+" joins; a file's path may hold one itself."""
+    place = reference.rpartition(":")[0]
+    if place.endswith(".py") and Path(place).expanduser().is_file():
+        return [reference]
+    return reference.split("+")
+
+
 def argument_faults(kind: type[Any], arguments: Mapping[str, Any], table: str) -> list[Fault]:
     """Return what is wrong with keyword arguments, against the signature of a class."""
     parameters = inspect.signature(kind).parameters

@@ -92,10 +92,12 @@ class Stack:
             NotAStackError: With the reason, if it is not a plain stack.
         """
         layout = model.layout
-        if layout.num_trained != layout.size:
+        if layout.num_trained != layout.num_network:
             raise NotAStackError("some of its tensors are not trained by gradient")
-        ends = itertools.accumulate(layout.sizes)
-        places = {n: e - s for n, e, s in zip(layout.names, ends, layout.sizes, strict=True)}
+        count = layout.num_trained_tensors
+        names, sizes = layout.names[:count], layout.sizes[:count]
+        ends = itertools.accumulate(sizes)
+        places = {n: e - s for n, e, s in zip(names, ends, sizes, strict=True)}
         layers: list[Layer] = []
         for name, module in _leaves("", model.module):
             layers += _layer(name, module, places)
@@ -107,7 +109,7 @@ class Stack:
             shape = _shape_after(layer, shape)
         if not layers or not isinstance(layers[-1], Linear):
             raise NotAStackError("it does not end in a linear layer")
-        return cls(tuple(layers), input_shape, layout.size)
+        return cls(tuple(layers), input_shape, layout.num_trained)
 
     @property
     def is_linear(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,18 @@ from edgelearn.seeds import permutation
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that a strategy keeps."""
+    """A tensor that a strategy keeps.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        is_kept: Whether it outlives a round; what does not costs RAM in training, but no storage,
+            and is zeros when the next round begins.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    is_kept: bool = True
 
     @property
     def stored_bytes(self) -> int:
@@ -66,6 +74,20 @@ class SampleSpec:
 
 
 Declaration = Mapping[str, TensorSpec | SampleSpec]
+
+
+def kept(declaration: Declaration) -> dict[str, TensorSpec | SampleSpec]:
+    """Return the part of a declaration that outlives a round."""
+    return {
+        name: spec
+        for name, spec in declaration.items()
+        if isinstance(spec, SampleSpec) or spec.is_kept
+    }
+
+
+def passing(declaration: Declaration) -> dict[str, Tensor]:
+    """Return what does not outlive a round, as it is when the next one begins."""
+    return {n: spec.initial() for n, spec in declaration.items() if n not in kept(declaration)}
 
 
 class Memory(Mapping[str, Tensor]):
@@ -118,6 +140,10 @@ class Memory(Mapping[str, Tensor]):
             )
         return Memory({**self._tensors, **tensors}, self._store)
 
+    def select(self, names: Mapping[str, str]) -> Memory:
+        """Return a memory of some tensors under other names: new name -> name here."""
+        return Memory({new: self._tensors[old] for new, old in names.items()}, self._store)
+
     def draw(self, name: str, count: int, generator: torch.Generator) -> Batch | None:
         """Draw stored samples uniformly, without replacement while they last.
 
@@ -127,16 +153,16 @@ class Memory(Mapping[str, Tensor]):
             generator: Source of randomness.
 
         Returns:
-            The batch, or None if nothing is stored yet.
+            The batch, with each sample's place among the ids; None if nothing is stored yet.
         """
         ids = self[name]
-        held = ids[ids != EMPTY]
+        held = (ids != EMPTY).nonzero().flatten()
         if len(held) == 0 or count == 0:
             return None
         # One word from the generator, and the rest by counting: a compiled engine does the same.
         word = int(torch.randint(2**62, (), generator=generator))
-        picks = torch.from_numpy(permutation(word, len(held))[:count])
-        return self.store.batch(held[picks])
+        places = held[torch.from_numpy(permutation(word, len(held))[:count])]
+        return replace(self.store.batch(ids[places]), places=places)
 
 
 def check(memory: Mapping[str, Tensor], declaration: Declaration) -> None:

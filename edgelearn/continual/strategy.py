@@ -6,23 +6,28 @@ strategy *declares* what it does (`rehearsal`, `pull`) instead of computing it: 
 compiled ones included, can run it. A device calls
 
 1. `start` when an experience begins,
-2. for each step `extend`, `loss`, `adjust`, the optimizer's step, `proximal`, `after_step`,
-3. `upload` on what it is about to send,
-4. `finish` once, when the experience has ended, on the final **global** parameters. Never at each
-   round: that would add an anchor to EWC in every round, and pin it to half-learned parameters.
+2. `enter` in each round, with the global parameters,
+3. for each step `extend`, `gradient` (by default that of `loss`), `adjust`, the optimizer's step,
+   `proximal`, `after_step`; a strategy that has no such steps overrides `fit` instead,
+4. `leave` in each round, with what came of it, and `upload` on what it is about to send,
+5. `finish` once, when the experience has ended, on the final **global** parameters. Never at each
+   round: that would add an anchor to EWC in every round, and pin it to half-learned parameters,
+6. `serve` whenever it has new parameters to answer with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from edgelearn import plugins
-from edgelearn.continual.memory import Declaration, Memory
+from edgelearn.continual.local import LocalTask, Passage, Trained
+from edgelearn.continual.memory import Declaration, Memory, TensorSpec
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Samples
@@ -37,11 +42,15 @@ class Facts:
         num_experiences: Length of the stream.
         num_classes: Number of labels, C.
         sample_bytes: Bytes of one stored sample with its label.
+        num_devices: Devices in the fleet.
+        cohort: Devices that take part in a round.
     """
 
     num_experiences: int
     num_classes: int
     sample_bytes: int
+    num_devices: int = 1
+    cohort: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,10 @@ def supervised_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (F.cross_entropy(logits, batch.y, reduction="none") * batch.weight).sum()
 
 
+ROUND_HOOKS = ("enter", "fit", "leave")
+STEP_HOOKS = ("extend", "gradient", "loss", "adjust", "proximal", "after_step")
+
+
 class ClientStrategy:
     """Base class: plain fine-tuning. Override what the method needs, nothing else.
 
@@ -138,10 +151,26 @@ class ClientStrategy:
                 def loss(self, model, params, batch, memory):
                     distance = (params - memory["anchor"]).square().sum()
                     return super().loss(model, params, batch, memory) + self.strength * distance
+
+    Attributes:
+        replaces_loss: Whether `loss` stands in place of cross-entropy, so that it can't be combined
+            with another that does; one that adds to `super().loss(...)` leaves it False.
     """
+
+    replaces_loss: ClassVar[bool] = False
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
         """Declare what the device remembers: name -> `TensorSpec` or `SampleSpec`."""
+        return {}
+
+    def shares(self, model: FlatModel, facts: Facts) -> Mapping[str, TensorSpec]:  # noqa: ARG002
+        """Declare what travels beside the network: name -> `TensorSpec`, float32, zeros at first.
+
+        It lies behind the network in every parameter vector [P] (`model.layout.shared(params)`):
+        the server sends its value to each device of a cohort, devices change it in `leave`, and
+        the server strategy combines their changes as it combines those of parameters, FedAvg with
+        weights in proportion to the devices' samples.
+        """
         return {}
 
     def start(
@@ -162,6 +191,32 @@ class ClientStrategy:
         """Declare a quadratic penalty; what it returns must not change."""
         return None
 
+    def proximity(self) -> float:
+        """Declare mu of FedProx's term (mu / 2) |theta - global|^2; it must not change."""
+        return 0.0
+
+    def enter(
+        self,
+        model: FlatModel,  # noqa: ARG002
+        params: Tensor,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:
+        """Begin a round: return the parameters to train from, and the memory.
+
+        Args:
+            model: The network.
+            params: Global parameters [P].
+            memory: What the device remembers.
+        """
+        return params, memory
+
+    def fit(self, task: LocalTask) -> Trained:
+        """Replace local training as a whole, for methods that do not go step by step.
+
+        Such a strategy trains device by device; of the hooks for steps none is called.
+        """
+        raise NotImplementedError(f"{type(self).__name__} trains step by step")
+
     def extend(self, batch: Batch, memory: Memory, generator: Generator) -> Batch:
         """Change the batch of a step; by default it is joined by what `rehearsal` declares."""
         rehearsal = self.rehearsal()
@@ -173,6 +228,19 @@ class ClientStrategy:
     def loss(self, model: FlatModel, params: Tensor, batch: Batch, memory: Memory) -> Tensor:  # noqa: ARG002
         """Return the scalar to minimize, a function of the trained parameters [T]."""
         return supervised_loss(model(params, batch.x), batch)
+
+    def gradient(
+        self, model: FlatModel, params: Tensor, batch: Batch, memory: Memory
+    ) -> tuple[Tensor, Tensor]:
+        """Return a step's loss (scalar) and gradient [T], both without a graph.
+
+        For methods that need more than one gradient; by default that of `loss`.
+        """
+        with torch.enable_grad():
+            leaf = params.detach().requires_grad_()
+            loss = self.loss(model, leaf, batch, memory)
+            (gradients,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), gradients
 
     def adjust(self, gradients: Tensor, params: Tensor, memory: Memory) -> Tensor:
         """Change the gradient [T] of the loss, as projection and control variates do.
@@ -204,6 +272,14 @@ class ClientStrategy:
         """Keep account of a step, as path integrals do; all vectors are [T]."""
         return memory
 
+    def leave(self, passage: Passage, memory: Memory) -> tuple[Tensor, Memory]:
+        """End a round: return the local parameters [P] to be sent, and the memory.
+
+        What is sent is their difference to the global ones. Whatever is to stay on the device has
+        to be put back to its value in `passage.given`.
+        """
+        return passage.local, memory
+
     def upload(self, update: Update, data: Samples, memory: Memory) -> Update:  # noqa: ARG002
         """Change what is sent, such as clipping it. The guard stops what is not declared."""
         return update
@@ -227,10 +303,32 @@ class ClientStrategy:
         """
         return memory
 
+    def serve(
+        self,
+        model: FlatModel,  # noqa: ARG002
+        params: Tensor,
+        memory: Memory,  # noqa: ARG002
+        data: Samples,  # noqa: ARG002
+        generator: Generator,  # noqa: ARG002
+    ) -> Tensor:
+        """Return the parameters [P] that the device answers with: the global ones by default.
+
+        This is where a device has a head of its own, class prototypes, or adapts before it
+        answers. Quantization comes after.
+
+        Args:
+            model: The network.
+            params: Global parameters [P].
+            memory: What the device remembers.
+            data: The device's training samples of its current experience; may be empty.
+            generator: Source of randomness.
+        """
+        return params
+
     @property
     def is_declared(self) -> bool:
-        """Whether local training is plain but for what `rehearsal` and `pull` declare."""
-        return not any(map(self.overrides, ("extend", "loss", "adjust", "proximal", "after_step")))
+        """Whether a round is plain but for what `rehearsal`, `pull` and `proximity` declare."""
+        return not any(map(self.overrides, (*ROUND_HOOKS, *STEP_HOOKS)))
 
     def overrides(self, hook: str) -> bool:
         """Whether this strategy changes a hook; engines skip those that it leaves alone."""
@@ -238,17 +336,51 @@ class ClientStrategy:
 
 
 def make_strategy(reference: str, arguments: Mapping[str, Any]) -> ClientStrategy:
-    """Build a client strategy by name, `module:Class` or `file.py:Class`.
+    """Build a client strategy by name, `module:Class` or `file.py:Class`, or several: `ewc+replay`.
+
+    Args:
+        reference: The name, or names joined by "+".
+        arguments: What it is built with; of several, one table for each name.
 
     Raises:
         PluginError: If the reference leads nowhere.
         ScenarioError: If it is not a client strategy, or does not take the arguments.
     """
+    names = plugins.joined(reference)
+    if len(names) > 1:
+        return _combined(reference, names, arguments)
+    return _single(reference, arguments, "client.args")
+
+
+def _combined(reference: str, names: list[str], arguments: Mapping[str, Any]) -> ClientStrategy:
+    from edgelearn.continual.combined import Combined  # it is a strategy itself
+
+    short = [name.rpartition(":")[2] for name in names]
+    faults = [
+        Fault("client.args", key, f"no part of {reference!r}; give a table for each of {short}")
+        for key, value in arguments.items()
+        if key not in short or not isinstance(value, Mapping)
+    ]
+    if len(set(short)) < len(short):
+        faults.append(Fault("client", "strategy", f"{reference!r} has the same name twice"))
+    if faults:
+        raise ScenarioError(reference, faults)
+    parts = {
+        key: _single(name, arguments.get(key, {}), f"client.args.{key}")
+        for key, name in zip(short, names, strict=True)
+    }
+    try:
+        return Combined(parts)
+    except ValueError as error:
+        raise ScenarioError(reference, [Fault("client", "strategy", str(error))]) from error
+
+
+def _single(reference: str, arguments: Mapping[str, Any], table: str) -> ClientStrategy:
     found = plugins.resolve(reference, plugins.CLIENT_STRATEGIES)
     if not (isinstance(found, type) and issubclass(found, ClientStrategy)):
         message = f"{reference} is not a subclass of edgelearn.ClientStrategy"
         raise ScenarioError(reference, [Fault("client", "strategy", message)])
-    faults = plugins.argument_faults(found, arguments, "client.args")
+    faults = plugins.argument_faults(found, arguments, table)
     if faults:
         raise ScenarioError(reference, faults)
     try:

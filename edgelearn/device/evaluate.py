@@ -42,10 +42,12 @@ class Trial:
     Attributes:
         calibration: Its own training samples, for the ranges; there may be none.
         tests: Its own test samples, by experience id [T]; any of them may be empty.
+        params: Parameters [P] that it answers with, if not the global ones.
     """
 
     calibration: Samples
     tests: Sequence[Samples]
+    params: Tensor | None = None
 
 
 def evaluate(

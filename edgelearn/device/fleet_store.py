@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec, kept
 from edgelearn.errors import StateError
 from edgelearn.scenario.samples import SampleStore
 
@@ -33,20 +33,30 @@ UNWRITTEN = 255
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Places of the tensors in a record."""
+    """Places of the tensors in a record.
+
+    Attributes:
+        declaration: What is kept.
+        passing: What else belongs to a memory: zeros when it is read.
+        offsets: Where each tensor that is kept begins, in bytes.
+        size: Bytes of a record.
+    """
 
     declaration: Declaration
+    passing: Declaration
     offsets: tuple[int, ...]
     size: int
 
     @classmethod
     def of(cls, declaration: Declaration) -> RecordLayout:
-        """Lay the tensors of a declaration out, each aligned to a cache line."""
+        """Lay out what a declaration says is kept, each tensor aligned to a cache line."""
+        stored = kept(declaration)
         offset, offsets = 0, []
-        for spec in declaration.values():
+        for spec in stored.values():
             offsets.append(offset)
             offset += math.ceil(spec.stored_bytes / _ALIGN) * _ALIGN
-        return cls(declaration, tuple(offsets), max(offset, _ALIGN))
+        rest = {name: spec for name, spec in declaration.items() if name not in stored}
+        return cls(stored, rest, tuple(offsets), max(offset, _ALIGN))
 
 
 class RecordFile:
@@ -74,7 +84,7 @@ class RecordFile:
     def read(self, device: int, slot: int, store: SampleStore | None) -> Memory:
         """Copy a memory out."""
         record = self._record(device, slot)
-        tensors = {}
+        tensors = {name: spec.initial() for name, spec in self._layout.passing.items()}
         for (name, spec), offset in zip(
             self._layout.declaration.items(), self._layout.offsets, strict=True
         ):

@@ -9,7 +9,8 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check
+from edgelearn.continual.local import Passage
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check, passing
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, StateError, StrategyError
@@ -90,6 +91,10 @@ class Learner:
     declaration: Declaration = field(init=False)
 
     def __post_init__(self) -> None:
+        shared = self.strategy.shares(self.model, self.facts)
+        if shared:
+            shapes = {name: spec.shape for name, spec in shared.items()}
+            object.__setattr__(self, "model", FlatModel(self.model.module, shapes))
         declaration = dict(self.strategy.declare(self.model, self.facts))
         object.__setattr__(self, "declaration", declaration)
 
@@ -138,23 +143,34 @@ class Learner:
             start = self._bind(params)
             memory = self.strategy.start(self.model, start, memory, data.experience(position))
             self._check(memory)
-        samples = data.samples(position)
+        samples, entered = data.samples(position), params
+        if self.strategy.overrides("enter"):
+            entered, memory = self.strategy.enter(self.model, params, memory)
+            self._check(memory)
         trained = Training(self.model, self.strategy, self.spec).run(
-            params,
+            entered,
             memory,
             samples,
             seed=steps_seed(self.seed, server_round, data.device),
-            proximal_mu=proximal_mu,
+            proximal_mu=proximal_mu + self.strategy.proximity(),
         )
-        delta, loss = trained.params - params, trained.loss
+        local, memory, loss = trained.params, trained.memory, trained.loss
+        if math.isfinite(loss) and self.strategy.overrides("leave"):
+            self._bind(local)
+            steps, lr = trained.num_steps, self.spec.lr
+            passage = Passage(self.model, params, local, samples, steps, lr)
+            local, memory = self.strategy.leave(passage, memory)
+        delta = local - params
         if not math.isfinite(loss) or not _is_finite(delta):
             refuse_divergence(data.device, server_round, loss)
-        self._check(trained.memory)
-        new = DeviceState(trained.memory, position + 1, state.consolidated)
+        self._check(memory)
+        if forgotten := passing(self.declaration):
+            memory = memory.replace(**forgotten)
+        new = DeviceState(memory, position + 1, state.consolidated)
         metrics = {"num-examples": len(samples), "loss": loss, "num-steps": trained.num_steps}
         update = Update(self.model.layout.views(delta), metrics)
         if self.strategy.overrides("upload"):
-            update = self._plain(self.strategy.upload(update, samples, trained.memory))
+            update = self._plain(self.strategy.upload(update, samples, memory))
         return Fit(new, update, trained.num_samples)
 
     def consolidate(
@@ -183,6 +199,30 @@ class Learner:
             )
             self._check(memory)
         return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
+
+    def served(
+        self, state: DeviceState, params: Tensor, data: Samples, *, position: int, device: int
+    ) -> Tensor:
+        """Return the parameters [P] that a device answers with.
+
+        Args:
+            state: The device's state.
+            params: Global parameters [P].
+            data: Its training samples of the current experience.
+            position: Where the device is in its stream.
+            device: Index of the device.
+        """
+        if not self.strategy.overrides("serve"):
+            return params
+        self._bind(params)
+        generator = torch_generator(self.seed, "serve", position, device)
+        own = self.strategy.serve(self.model, params, state.memory, data, generator)
+        if own.shape != params.shape or own.dtype != params.dtype:
+            raise StrategyError(
+                f"{type(self.strategy).__name__}.serve returned {tuple(own.shape)} {own.dtype}, "
+                f"expected {tuple(params.shape)} {params.dtype}"
+            )
+        return own.detach()
 
     def held_ids(self, state: DeviceState, samples: Samples) -> Tensor:
         """Return the ids of all samples that the device has at hand: the current and the kept."""
@@ -247,11 +287,17 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
 
 def make_learner(world: World) -> Learner:
     """Build the learner of a scenario: network, client strategy and what they may know."""
-    spec = world.scenario.client
+    spec, fleet = world.scenario.client, world.scenario.fleet
     return Learner(
         model=world.model(),
         strategy=make_strategy(spec.strategy, spec.args),
         spec=spec,
-        facts=Facts(world.stream.num_experiences, world.num_classes, world.train.sample_bytes),
+        facts=Facts(
+            world.stream.num_experiences,
+            world.num_classes,
+            world.train.sample_bytes,
+            num_devices=fleet.num_devices,
+            cohort=fleet.cohort,
+        ),
         seed=world.scenario.seed,
     )

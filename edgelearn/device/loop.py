@@ -119,9 +119,13 @@ class DeviceLoop:
         self._learner.model.module.eval()
         with torch.no_grad():
             if self._predictor is None:
-                held = self._learner.held_ids(self._stored.state, self._fed().samples(0))
+                state, samples = self._stored.state, self._fed().samples(0)
+                held = self._learner.held_ids(state, samples)
                 calibration = self._stored.samples.batch(held[: self._num_calibration]).x
-                prepared = self._runtime.prepare(self._learner.model, self._params)
+                own = self._learner.served(
+                    state, self._params, samples, position=self.position, device=0
+                )
+                prepared = self._runtime.prepare(self._learner.model, own)
                 self._predictor = prepared.calibrated(calibration)
             return self._predictor(inputs).argmax(1)
 
@@ -178,7 +182,7 @@ class DeviceLoop:
         return _Fed(self._stored.samples, ids)
 
     def _commit(self, stored: Stored) -> None:
-        self._store.save(stored)
+        self._store.save(stored, self._learner.declaration)
         self._stored = stored
 
     def _replace_params(self, params: Tensor) -> None:

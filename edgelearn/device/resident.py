@@ -133,7 +133,11 @@ class ResidentDevice:
         stored, model = self._load(), self._learner.model
         with _one_thread():
             data = self._reach(stored, position)
-            held = self._learner.held_ids(stored.state, data.samples(position))
+            samples = data.samples(position)
+            held = self._learner.held_ids(stored.state, samples)
+            own = self._learner.served(
+                stored.state, params, samples, position=position, device=self._device
+            )
             spec = self._world.scenario.runtime
             calibration = data.store.batch(held[: spec.num_calibration]).x
             model.module.eval()
@@ -142,12 +146,12 @@ class ResidentDevice:
                 for experience_id in range(self._world.stream.num_experiences)
             ]
             with torch.no_grad():
-                prepared = self._runtime.prepare(model, params)
-                return evaluate(model, params, prepared, calibration, tests)
+                prepared = self._runtime.prepare(model, own)
+                return evaluate(model, own, prepared, calibration, tests)
 
     def commit(self, stored: Stored) -> None:
         """Make a new state durable."""
-        self._store.save(stored)
+        self._store.save(stored, self._learner.declaration)
 
     # -- samples -----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from edgelearn.continual.memory import Declaration, Memory, check
+from edgelearn.continual.memory import Declaration, Memory, check, kept, passing
 from edgelearn.continual.strategy import Update
 from edgelearn.device.learner import DeviceState
 from edgelearn.errors import StateError
@@ -87,9 +87,13 @@ class DeviceStore:
         """Keep other processes of this device out: one may still be at work for a dead run."""
         return exclusive(self._path.parent / "lock", wait_s=_LOCK_WAIT_S)
 
-    def save(self, stored: Stored) -> None:
-        """Replace the stored state; a crash leaves the former one."""
-        tensors = {f"memory.{name}": value for name, value in stored.state.memory.items()}
+    def save(self, stored: Stored, declaration: Declaration) -> None:
+        """Replace the stored state; a crash leaves the former one.
+
+        Of what a memory holds, that is stored which the declaration says is kept.
+        """
+        memory = stored.state.memory
+        tensors = {f"memory.{name}": memory[name] for name in kept(declaration)}
         tensors |= {f"pending.{position}": ids for position, ids in stored.pending.items()}
         tensors["samples.x"] = stored.samples.x
         tensors["samples.y"] = stored.samples.y
@@ -149,7 +153,7 @@ class DeviceStore:
             tensors["samples.used"],
             encoding,
         )
-        memory = Memory(_with_prefix("memory.", tensors), samples)
+        memory = Memory({**_with_prefix("memory.", tensors), **passing(declaration)}, samples)
         check(memory, declaration)
         begun, consolidated = tensors["progress"].tolist()
         pending = {int(p): ids for p, ids in _with_prefix("pending.", tensors).items()}

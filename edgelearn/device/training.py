@@ -1,8 +1,9 @@
 """Local training: epochs of steps from the global parameters, by a client strategy.
 
 There are two ways, and the same result. Autograd trains any network with any strategy. A plain
-stack of linear layers with a strategy that declares what it does (`ClientStrategy.is_declared`) is
-trained by the written-out backward pass, which applies SGD inside the weight product.
+stack of linear layers with a strategy that leaves loss and gradient as they are is trained by the
+written-out backward pass, which applies SGD inside the weight product where nobody has to see the
+gradient. A strategy that overrides `fit` has a way of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from edgelearn.continual.local import LocalTask, Trained
 from edgelearn.continual.memory import Memory
 from edgelearn.continual.strategy import ClientStrategy
+from edgelearn.errors import StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Samples
 from edgelearn.scenario.spec import ClientSpec
@@ -25,25 +28,6 @@ from edgelearn.seeds import derive, permutation, split
 from edgelearn.stack import LinearStack, Stack, cross_entropy, stack_of
 
 _GATHERED = 2**19  # numbers of input that are decoded at once: 2 MiB
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """The outcome of local training.
-
-    Attributes:
-        params: Local parameters [P].
-        memory: The strategy's memory.
-        loss: Mean over steps; 0 without any.
-        num_steps: Steps taken.
-        num_samples: Samples that passed through them, replayed ones included.
-    """
-
-    params: Tensor
-    memory: Memory
-    loss: float
-    num_steps: int
-    num_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +64,30 @@ class Training:
         """
         if len(samples) == 0:
             return Trained(params.clone(), memory, 0.0, 0, 0)
+        if self.strategy.overrides("fit"):
+            return self._as_the_strategy_does(
+                LocalTask(self.model, params, memory, samples, self.spec, seed, proximal_mu)
+            )
         steps = self.steps(samples, memory, seed)
         stack = self._written_out(samples)
         if stack is None:
             return self._by_autograd(params, memory, steps, seed, proximal_mu)
         return self._by_hand(stack, params, memory, steps, proximal_mu)
 
+    def _as_the_strategy_does(self, task: LocalTask) -> Trained:
+        self.model.carry(task.params.clone())
+        self.model.module.train()
+        with _layers_seeded(derive(task.seed, "layers")), _counters_restored(self.model.module):
+            trained = self.strategy.fit(task)
+        if not isinstance(trained, Trained) or trained.params.shape != task.params.shape:
+            raise StrategyError(
+                f"{type(self.strategy).__name__}.fit must return a Trained with parameters "
+                f"{tuple(task.params.shape)}"
+            )
+        return trained
+
     def _written_out(self, samples: Samples) -> Stack | None:
-        if not self.strategy.is_declared or self.spec.optimizer != "sgd":
+        if any(map(self.strategy.overrides, ("gradient", "loss"))) or self.spec.optimizer != "sgd":
             return None
         stack = stack_of(self.model, samples.store.sample_shape)
         return stack if stack is not None and stack.is_linear else None
@@ -114,12 +114,8 @@ class Training:
         self, params: Tensor, memory: Memory, steps: Iterator[Step], seed: int, mu: float
     ) -> Trained:
         strategy, model, spec = self.strategy, self.model, self.spec
-        pull = strategy.pull()
-        adjusts = strategy.overrides("adjust") or (pull is not None and pull.is_explicit)
-        proximal, after_step = strategy.overrides("proximal"), strategy.overrides("after_step")
-        implicit = None
-        if pull is not None and not pull.is_explicit and not proximal:
-            implicit = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
+        after = _AfterGradient.of(strategy, spec, memory)
+        has_own_gradient = strategy.overrides("gradient")
         local, carried = params.clone(), params.clone()
         model.carry(carried)  # apart from `local`, since a forward pass writes into it
         model.module.train()
@@ -131,23 +127,16 @@ class Training:
         with _layers_seeded(derive(seed, "layers")), _counters_restored(model.module):
             for step in steps:
                 batch, memory = step.batch, step.memory
-                loss = strategy.loss(model, current, batch, memory)
-                (gradients,) = torch.autograd.grad(loss, current)
+                if has_own_gradient:
+                    loss, gradients = strategy.gradient(model, current.detach(), batch, memory)
+                else:
+                    loss = strategy.loss(model, current, batch, memory)
+                    (gradients,) = torch.autograd.grad(loss, current)
                 with torch.no_grad():
-                    if adjusts:
-                        gradients = strategy.adjust(gradients, current, memory)
                     if mu:
                         gradients = gradients + mu * (current - reference)
-                    before = current.detach().clone() if after_step else current
-                    optimizer.step(gradients)
-                    if implicit is not None:
-                        current.lerp_(*implicit)
-                    elif proximal:
-                        current.copy_(strategy.proximal(current, memory, lr=spec.lr))
-                    if after_step:
-                        after = current.detach().clone()  # memory may keep it
-                        step.memory = strategy.after_step(before, after, gradients, memory)
-                        memory = step.memory
+                    memory = after.move(optimizer, current, gradients, memory)
+                    step.memory = memory
                 total += float(loss.detach())
                 count, passed = count + 1, passed + len(batch)
         local[model.layout.num_trained :] = carried[model.layout.num_trained :]
@@ -157,15 +146,14 @@ class Training:
     def _by_hand(
         self, stack: Stack, params: Tensor, memory: Memory, steps: Iterator[Step], mu: float
     ) -> Trained:
-        spec, pull = self.spec, self.strategy.pull()
+        spec = self.spec
         local = params.clone()
-        network = LinearStack(stack, local)
-        is_fused = spec.momentum == 0 and (pull is None or not pull.is_explicit)
-        gradients = torch.empty(0) if is_fused else torch.empty_like(local)
-        optimizer = _Sgd(spec, local)
-        implicit = None
-        if pull is not None and not pull.is_explicit:
-            implicit = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
+        current, reference = local[: stack.num_params], params[: stack.num_params]
+        network = LinearStack(stack, current)
+        after = _AfterGradient.of(self.strategy, spec, memory)
+        is_fused = spec.momentum == 0 and not after.sees_gradient
+        gradients = torch.empty(0) if is_fused else torch.empty_like(current)
+        optimizer = _Sgd(spec, current)
         total, count, passed = 0.0, 0, 0
         for step in steps:
             batch = step.batch
@@ -175,19 +163,75 @@ class Training:
                 # theta - lr (g + mu (theta - global) + decay theta), in two sweeps
                 network.step(inputs, delta, lr=spec.lr, decay=mu + spec.weight_decay)
                 if mu:
-                    local.add_(params, alpha=spec.lr * mu)
+                    current.add_(reference, alpha=spec.lr * mu)
+                after.pull_back(current, memory)
             else:
                 network.gradient(inputs, delta, gradients)
-                if pull is not None and pull.is_explicit:
-                    gradients.add_(pull.gradient(local, memory))
                 if mu:
-                    gradients.add_(local - params, alpha=mu)
-                optimizer.step(gradients)
-            if implicit is not None:
-                local.lerp_(*implicit)
+                    gradients.add_(current - reference, alpha=mu)
+                memory = after.move(optimizer, current, gradients, memory)
+                step.memory = memory
             total += float(loss)
             count, passed = count + 1, passed + len(batch)
         return Trained(local, memory, total / count, count, passed)
+
+
+@dataclass(frozen=True, slots=True)
+class _AfterGradient:
+    """What a strategy does in a step once there is a gradient.
+
+    Attributes:
+        strategy: The client strategy.
+        lr: Learning rate.
+        adjusts: Whether it changes the gradient.
+        has_proximal: Whether it has an implicit step of its own.
+        keeps_account: Whether it has to be told of each step.
+        implicit: Anchor and weight [T] of a declared implicit pull.
+    """
+
+    strategy: ClientStrategy
+    lr: float
+    adjusts: bool
+    has_proximal: bool
+    keeps_account: bool
+    implicit: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, strategy: ClientStrategy, spec: ClientSpec, memory: Memory) -> _AfterGradient:
+        pull = strategy.pull()
+        adjusts = strategy.overrides("adjust") or (pull is not None and pull.is_explicit)
+        has_proximal = strategy.overrides("proximal")
+        implicit = None
+        if pull is not None and not pull.is_explicit and not has_proximal:
+            implicit = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
+        keeps_account = strategy.overrides("after_step")
+        return cls(strategy, spec.lr, adjusts, has_proximal, keeps_account, implicit)
+
+    @property
+    def sees_gradient(self) -> bool:
+        """Whether the gradient has to be there, not only its effect."""
+        return self.adjusts or self.keeps_account
+
+    def move(
+        self, optimizer: Optimizer, current: Tensor, gradients: Tensor, memory: Memory
+    ) -> Memory:
+        """Take the step in place; return the memory after it."""
+        if self.adjusts:
+            gradients = self.strategy.adjust(gradients, current, memory)
+        before = current.detach().clone() if self.keeps_account else current
+        optimizer.step(gradients)
+        self.pull_back(current, memory)
+        if not self.keeps_account:
+            return memory
+        after = current.detach().clone()  # memory may keep it
+        return self.strategy.after_step(before, after, gradients, memory)
+
+    def pull_back(self, current: Tensor, memory: Memory) -> None:
+        """Take the implicit step in place."""
+        if self.implicit is not None:
+            current.lerp_(*self.implicit)
+        elif self.has_proximal:
+            current.copy_(self.strategy.proximal(current, memory, lr=self.lr))
 
 
 class Step:

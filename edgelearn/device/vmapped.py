@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -166,7 +166,8 @@ def _stacked(batches: Sequence[Batch]) -> dict[str, Tensor]:
     Raises:
         StrategyError: If they differ in shape, or some have weights and others none.
     """
-    parts = [{"x": b.x, "y": b.y, "weight": b.weight, "mask": b.mask} for b in batches]
+    names = [field.name for field in fields(Batch)]
+    parts = [{name: getattr(batch, name) for name in names} for batch in batches]
     rows = [{name: t for name, t in part.items() if t is not None} for part in parts]
     shapes = [{name: t.shape for name, t in row.items()} for row in rows]
     if any(shape != shapes[0] for shape in shapes):

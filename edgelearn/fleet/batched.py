@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgelearn.continual.memory import Memory
+from edgelearn.continual.strategy import ROUND_HOOKS
 from edgelearn.device.fleet_store import UNWRITTEN
 from edgelearn.device.learner import Learner, make_learner
 from edgelearn.device.stacked import Devices, StackTrained, train_stack
@@ -62,6 +63,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return obstacle
     if learner.strategy.overrides("upload"):
         return f"{type(learner.strategy).__name__} changes what a device sends"
+    if any(map(learner.strategy.overrides, (*ROUND_HOOKS, "gradient"))):
+        return f"{type(learner.strategy).__name__} does more in a round than steps"
     if layout.size != layout.num_trained:
         return "some of the network's tensors are not trained by gradient"
     return _probe(world, learner)
@@ -236,7 +239,8 @@ class BatchedEngine:
             for own in torch.split(torch.from_numpy(ids), np.diff(starts).tolist())
         ]
         learners = Learners(samples, together.seeds_of(learner.seed, cohort), memory)
-        found, memory = _stacked(learner, params, learners, cohort.proximal_mu)
+        mu = cohort.proximal_mu + learner.strategy.proximity()
+        found, memory = _stacked(learner, params, learners, mu)
         for k, device in enumerate(cohort.devices.tolist()):
             remembered[device] = Memory({name: rows[k] for name, rows in memory.items()})
         torch.sub(found.params, params, out=out)
@@ -278,7 +282,7 @@ class BatchedEngine:
                 params,
                 self._world.train,
                 everyone.take(rows),
-                proximal_mu=cohort.proximal_mu,
+                proximal_mu=cohort.proximal_mu + self._learner.strategy.proximity(),
             )
             out[torch.from_numpy(rows)] = found.params.sub_(params)
             trained.loss[rows], trained.num_steps[rows] = found.loss, found.num_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from edgelearn.device.learner import make_learner
 from edgelearn.fleet import native
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.cohort import rows_in_memory
@@ -30,7 +31,8 @@ def open_engine(world: World, store_path: Path, plan: Plan) -> Engine:
         mean = native.mean if plan.inner == "native" else weighted_sum
         return RayEngine(world, store_path, inner, mean, num_workers=plan.num_workers)
     if plan.tier == "pool":
-        cohort = min(world.scenario.fleet.cohort, rows_in_memory(world.model().layout.size))
+        rows = rows_in_memory(make_learner(world).model.layout.size)
+        cohort = min(world.scenario.fleet.cohort, rows)
         return PoolEngine(world, store_path, num_workers=plan.num_workers, cohort=cohort)
     if plan.tier == "native":
         return NativeEngine(world, store_path, num_threads=plan.num_workers)

@@ -123,7 +123,7 @@ class NativeEngine:
             lr=spec.lr,
             momentum=spec.momentum,
             weight_decay=spec.weight_decay,
-            proximal_mu=cohort.proximal_mu,
+            proximal_mu=cohort.proximal_mu + self._learner.strategy.proximity(),
             num_threads=self._num_threads,
             **self._declared(cohort),
         )

@@ -25,6 +25,7 @@ import torch.multiprocessing
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelearn.device.learner import make_learner
 from edgelearn.errors import RunError
 from edgelearn.fleet.evaluation import pieces
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
@@ -54,14 +55,13 @@ class PoolEngine:
             num_workers: Processes.
             cohort: Devices that can send an update in one call of `run`.
         """
-        size = world.model().layout.size
+        size = make_learner(world).model.layout.size
         self._params = torch.zeros(size)
         self._updates = torch.zeros(cohort, size)
         self._world = world
         samples = (world.train.x, world.train.y, world.test.x, world.test.y)
         for tensor in (self._params, self._updates, *samples):
             tensor.share_memory_()  # type: ignore[no-untyped-call]
-        self._world = world
         self._arguments = (world, store_path, self._params, self._updates)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from edgelearn.device.evaluate import Counts, Trial, evaluate_group
+from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
 from edgelearn.device.learner import DeviceState, make_learner
 from edgelearn.federated import egress
@@ -78,11 +79,24 @@ class Workbench:
         """Do the evaluations of a group in one pass; a failure is its device's, not the group's."""
 
         def measure(trials: Sequence[Trial]) -> list[Counts]:
+            if self._learner.strategy.overrides("serve"):
+                return [self._alone(trial, params) for trial in trials]
             prepared = self._prepare(jobs[0].serial, params)
             return evaluate_group(self._learner.model, params, prepared, trials)
 
+        def trial_of(job: Job) -> Trial:
+            return self._trial(job, params)
+
         schema = self._schemas[Phase.EVALUATE]
-        return evaluate_jobs(jobs, trial_of=self._trial, measure=measure, schema=schema)
+        return evaluate_jobs(jobs, trial_of=trial_of, measure=measure, schema=schema)
+
+    def _alone(self, trial: Trial, params: Tensor) -> Counts:
+        """Evaluate a device that answers with parameters of its own."""
+        model, own = self._learner.model, params if trial.params is None else trial.params
+        model.module.eval()
+        with torch.no_grad():
+            prepared = self._runtime.prepare(model, own)
+        return evaluate(model, own, prepared, trial.calibration.batch().x, trial.tests)
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
         data = SimulatedData(self._world, job.device)
@@ -123,15 +137,18 @@ class Workbench:
             return progress, None
         return progress, self._file.write(job.device, job.write_slot, new.memory)
 
-    def _trial(self, job: Job) -> Trial:
-        data = SimulatedData(self._world, job.device)
-        held = self._learner.held_ids(self._state(job), data.samples(job.position))
+    def _trial(self, job: Job, params: Tensor) -> Trial:
+        data, state = SimulatedData(self._world, job.device), self._state(job)
+        samples = data.samples(job.position)
+        held = self._learner.held_ids(state, samples)
+        own = self._learner.served(state, params, samples, position=job.position, device=job.device)
         return Trial(
             Samples(self._world.train, held[: self._world.scenario.runtime.num_calibration]),
             [
                 self._world.test_samples(job.device, experience_id)
                 for experience_id in range(self._world.stream.num_experiences)
             ],
+            own,
         )
 
     def _prepare(self, serial: int, params: Tensor) -> Prepared:

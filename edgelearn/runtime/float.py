@@ -24,7 +24,7 @@ class FloatPredictor(GroupPrepared):
     @property
     def model_bytes(self) -> int:
         """Four bytes for each parameter."""
-        return 4 * self.model.layout.size
+        return 4 * self.model.layout.num_network
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits [B, C]."""

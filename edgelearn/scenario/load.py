@@ -158,7 +158,10 @@ def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: 
         if rule.above is not None and value <= rule.above:
             return fault(f"got {value}; must be above {rule.above:.15g} ({rule.help})")
     if rule.plugins is not None:
-        return _check_reference(value, rule.plugins, fault)
+        if rule.plugins != plugins.CLIENT_STRATEGIES:
+            return _check_reference(value, rule.plugins, fault)
+        parts = [_check_reference(v, rule.plugins, fault) for v in plugins.joined(value)]
+        return None if None in parts else "+".join(parts)
     return value
 
 

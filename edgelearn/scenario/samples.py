@@ -26,15 +26,37 @@ class Batch:
         y: Labels [B], int64.
         weight: Weight of each sample in the loss [B], float32, summing to 1; None is the mean.
         mask: Classes that the sample's task allows [B, C], bool (task-incremental only).
+        places: Where the last R samples lie in the memory that they were drawn from [R], int64;
+            the first B - R are the device's present ones. None if all are.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
     mask: Tensor | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def num_past(self) -> int:
+        """Samples drawn from memory, R."""
+        return 0 if self.places is None else len(self.places)
+
+    @property
+    def present(self) -> Batch:
+        """The samples that are not from memory, as a batch of their own, weighted alike."""
+        return self._part(slice(0, len(self) - self.num_past), None)
+
+    @property
+    def past(self) -> Batch:
+        """The samples from memory, as a batch of their own, weighted alike."""
+        return self._part(slice(len(self) - self.num_past, len(self)), self.places)
+
+    def _part(self, rows: slice, places: Tensor | None) -> Batch:
+        mask = None if self.mask is None else self.mask[rows]
+        return Batch(self.x[rows], self.y[rows], None, mask, places)
 
     def join(self, other: Batch | None, *, share: float | None = None) -> Batch:
         """Append `other`, as replay does.
@@ -54,7 +76,8 @@ class Batch:
         mask = None
         if self.mask is not None and other.mask is not None:
             mask = torch.cat([self.mask, other.mask])
-        return Batch(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), weight, mask)
+        x, y = torch.cat([self.x, other.x]), torch.cat([self.y, other.y])
+        return Batch(x, y, weight, mask, other.places)
 
     def split(self, size: int) -> list[Batch]:
         """Return consecutive batches of `size` samples, the last maybe smaller; without weights."""

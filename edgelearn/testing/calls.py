@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from edgelearn.continual.memory import Memory
-from edgelearn.continual.strategy import ClientStrategy, Update
+from edgelearn.continual.local import LocalTask, Passage, Trained
+from edgelearn.continual.memory import Memory, passing
+from edgelearn.continual.strategy import STEP_HOOKS, ClientStrategy, Update
 from edgelearn.device.learner import Learner
 from edgelearn.errors import StrategyError
 from edgelearn.params import FlatModel
@@ -26,16 +27,21 @@ from edgelearn.scenario.samples import Batch, Samples, SharedSamples
 from edgelearn.seeds import torch_generator
 from edgelearn.testing.toy import NUM_EXPERIENCES, ToyDevice
 
-_STEPS_IN_TRAINING = ("extend", "loss", "adjust", "proximal", "after_step")
-_RETURNS = {
+_IN_TRAINING = ("fit", *STEP_HOOKS)
+_RETURNS: dict[str, type] = {
     "start": Memory,
+    "enter": tuple,
+    "fit": Trained,
     "extend": Batch,
+    "gradient": tuple,
     "loss": Tensor,
     "adjust": Tensor,
     "proximal": Tensor,
     "after_step": Memory,
+    "leave": tuple,
     "upload": Update,
     "finish": Memory,
+    "serve": Tensor,
 }
 
 
@@ -63,7 +69,7 @@ class Call:
             inputs that it changed.
         """
         inputs = {name: clone(value) for name, value in self.inputs.items()}
-        model = self.inputs.get("model")
+        model = _model_in(self.inputs)
         before = model_state(model)
         with global_seed(seed):
             result = call(strategy, self.hook, inputs)
@@ -79,9 +85,9 @@ class Call:
 
 def call(strategy: ClientStrategy, hook: str, inputs: Mapping[str, Any]) -> Any:
     """Call a hook as a device does; `loss` gives its value and its gradient."""
-    model = inputs.get("model")
-    if isinstance(model, FlatModel):
-        model.module.train(hook in _STEPS_IN_TRAINING)
+    model = _model_in(inputs)
+    if model is not None:
+        model.module.train(hook in _IN_TRAINING)
     function = getattr(strategy, hook)
     if hook == "loss":
         params = inputs["params"].detach().requires_grad_()
@@ -98,10 +104,20 @@ def call(strategy: ClientStrategy, hook: str, inputs: Mapping[str, Any]) -> Any:
         return loss.detach(), gradients
     by_name = {name: value for name, value in inputs.items() if name == "lr"}
     by_place = [value for name, value in inputs.items() if name != "lr"]
-    with torch.set_grad_enabled(hook not in ("adjust", "proximal", "after_step")):
+    with torch.set_grad_enabled(hook not in ("adjust", "proximal", "after_step", "gradient")):
         result = function(*by_place, **by_name)
     _expect(strategy, hook, result)
     return result
+
+
+def _model_in(inputs: Mapping[str, Any]) -> FlatModel | None:
+    """Return the network that a hook is given, in whatever it is given."""
+    for value in inputs.values():
+        if isinstance(value, FlatModel):
+            return value
+        if isinstance(value, LocalTask | Passage):
+            return value.model
+    return None
 
 
 def _expect(strategy: ClientStrategy, hook: str, result: Any) -> None:
@@ -138,7 +154,8 @@ def walk(
     Returns:
         The calls, each with a copy of its inputs.
     """
-    strategy, model, lr = learner.strategy, learner.model, learner.spec.lr
+    strategy, model, spec = learner.strategy, learner.model, learner.spec
+    lr, num_trained = spec.lr, model.layout.num_trained
     calls: list[Call] = []
 
     def do(hook: str, **inputs: Any) -> Any:
@@ -150,26 +167,41 @@ def walk(
     memory = learner.initial_state(device.store).memory
     for position in range(NUM_EXPERIENCES):
         experience, data = device.experience(position), device.samples(position)
-        memory = do("start", model=model, params=params, memory=memory, experience=experience)
+        trained = params[:num_trained]
+        memory = do("start", model=model, params=trained, memory=memory, experience=experience)
         generator = torch_generator(0, "walk", device.device, position)
-        at_start = params
-        for step in range(steps):
-            size = learner.spec.batch_size
-            batch = data.batch(slice(step * size % len(data), step * size % len(data) + size))
-            batch = do("extend", batch=batch, memory=memory, generator=generator)
-            _, gradients = do("loss", model=model, params=params, batch=batch, memory=memory)
-            gradients = do("adjust", gradients=gradients, params=params, memory=memory)
-            before, params = params, params - lr * gradients
-            params = do("proximal", params=params, memory=memory, lr=lr)
-            memory = do(
-                "after_step", before=before, after=params, gradients=gradients, memory=memory
-            )
+        local, memory = do("enter", model=model, params=params, memory=memory)
+        if strategy.overrides("fit"):
+            seed = 7 * device.device + position
+            done = do("fit", task=LocalTask(model, local, memory, data, spec, seed))
+            local, memory = done.params, done.memory
+        else:
+            current = local[:num_trained]
+            for step in range(steps):
+                size = spec.batch_size
+                batch = data.batch(slice(step * size % len(data), step * size % len(data) + size))
+                batch = do("extend", batch=batch, memory=memory, generator=generator)
+                hook = "gradient" if strategy.overrides("gradient") else "loss"
+                _, gradients = do(hook, model=model, params=current, batch=batch, memory=memory)
+                gradients = do("adjust", gradients=gradients, params=current, memory=memory)
+                before, current = current, current - lr * gradients
+                current = do("proximal", params=current, memory=memory, lr=lr)
+                memory = do(
+                    "after_step", before=before, after=current, gradients=gradients, memory=memory
+                )
+            local = torch.cat([current, local[num_trained:]])
+        passage = Passage(model, params, local, data, steps, lr)
+        local, memory = do("leave", passage=passage, memory=memory)
         metrics = {"num-examples": len(data), "loss": 1.0, "num-steps": steps}
-        update = Update(model.layout.views(params - at_start), metrics)
+        update = Update(model.layout.views(local - params), metrics)
         do("upload", update=update, data=data, memory=memory)
+        memory = memory.replace(**passing(learner.declaration))
+        params = local
+        trained = params[:num_trained]
         memory = do(
-            "finish", model=model, params=params, data=data, memory=memory, generator=generator
+            "finish", model=model, params=trained, data=data, memory=memory, generator=generator
         )
+        do("serve", model=model, params=params, memory=memory, data=data, generator=generator)
     return calls
 
 
@@ -210,7 +242,7 @@ def clone(value: Any) -> Any:
         return Memory({name: clone(tensor) for name, tensor in value.items()}, clone(value.store))
     if isinstance(value, SharedSamples):
         return SharedSamples(clone(value.x), clone(value.y), value.encoding, value.domains)
-    if isinstance(value, Batch | Samples):
+    if isinstance(value, Batch | Samples | LocalTask | Passage):
         fields = (clone(getattr(value, f.name)) for f in dataclasses.fields(value))
         return type(value)(*fields)
     if isinstance(value, Update):

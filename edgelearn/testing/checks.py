@@ -97,10 +97,17 @@ def hooks(subject: Subject) -> str:
                     f"`{made.hook}` returned {_kind(result)}, expected {_kind(params)}, as many "
                     "numbers as the network has trained parameters"
                 )
-        if made.hook == "loss" and not _is_finite(result):
+        if made.hook in ("enter", "leave"):
+            given = made.inputs["passage"].given if made.hook == "leave" else made.inputs["params"]
+            _expect_passage(made.hook, given, result)
+        if made.hook == "serve" and result.shape != made.inputs["params"].shape:
             raise Broken(
-                f"`loss` gave {float(result[0])}, or a gradient that is not finite, on ordinary "
-                "data; look for a division by zero or the logarithm or root of it"
+                f"`serve` returned {_kind(result)}, expected {_kind(made.inputs['params'])}"
+            )
+        if made.hook in ("loss", "gradient") and not _is_finite(result):
+            raise Broken(
+                f"`{made.hook}` gave {float(result[0])}, or a gradient that is not finite, on "
+                "ordinary data; look for a division by zero or the logarithm or root of it"
             )
 
     params = subject.learner.model.initial()
@@ -165,13 +172,13 @@ def seeded(subject: Subject) -> str:
             one = call(subject.strategy, made.hook, _copies(made))
             after = global_states()
         drawn = [name for name in before if not same(before[name], after[name])]
-        if made.hook == "loss" and drawn == ["torch"]:
+        if made.hook in ("loss", "gradient", "fit") and drawn == ["torch"]:
             continue  # the learner seeds torch's generator for the steps, as dropout needs it
         takes = any(name == "generator" for name in made.inputs)
         advice = (
             "pass `generator=generator` to torch.rand, torch.randperm, ..."
             if takes
-            else "only `extend` and `finish` may draw, from the generator that they are given"
+            else "only `extend`, `finish` and `serve` may draw, from the generator they are given"
         )
         if drawn:
             raise Broken(
@@ -327,6 +334,21 @@ def _check_declaration(declaration: Any) -> None:
             raise Broken(
                 f"`declare` gives {name!r} the shape {spec.shape!r}, expected whole numbers from 0"
             )
+
+
+def _expect_passage(hook: str, given: Tensor, result: Any) -> None:
+    """Check what `enter` and `leave` return: parameters like those given, and the memory."""
+    good = (
+        len(result) == 2
+        and isinstance(result[0], Tensor)
+        and result[0].shape == given.shape
+        and isinstance(result[1], Memory)
+    )
+    if not good:
+        raise Broken(
+            f"`{hook}` must return parameters {_kind(given)} and the memory; end it with "
+            "`return params, memory`"
+        )
 
 
 def _is_undeclared(error: BaseException) -> bool:

@@ -76,7 +76,7 @@ def _life_of_a_real_device(subject: Subject, like: ToyDevice, folder: Path | Non
     store.retain(learner.held_ids(state, device.samples(1)))
     if folder is not None:
         disk = DeviceStore(folder, digest="toy")
-        disk.save(Stored(state, store))
+        disk.save(Stored(state, store), learner.declaration)
         stored = disk.load(learner.declaration, ENCODING)
         if stored is None:
             raise StateError(f"{folder}: nothing came back from the device's store")

@@ -65,6 +65,9 @@ def _as_rows(calls: list[Call]) -> list[dict[str, Tensor]]:
             elif isinstance(value, Batch):
                 parts = {"x": value.x, "y": value.y, "weight": value.weight, "mask": value.mask}
                 row |= {f"{name}.{k}": t[:length] for k, t in parts.items() if t is not None}
+                if value.places is not None:
+                    present = len(value) - value.num_past
+                    row[f"{name}.places"] = value.places[: max(0, length - present)]
         rows.append(row)
     if any(row.keys() != rows[0].keys() for row in rows):
         raise Skipped(
@@ -83,7 +86,7 @@ def _from_row(made: Call, row: Mapping[str, Tensor]) -> dict[str, Any]:
         elif isinstance(value, Memory):
             inputs[name] = Memory({key: row[f"{name}.{key}"] for key in value}, value.store)
         elif isinstance(value, Batch):
-            parts = (row.get(f"{name}.{part}") for part in ("weight", "mask"))
+            parts = (row.get(f"{name}.{part}") for part in ("weight", "mask", "places"))
             inputs[name] = Batch(row[f"{name}.x"], row[f"{name}.y"], *parts)
         else:
             inputs[name] = value

@@ -69,7 +69,7 @@ def test_a_new_device_has_no_state(tmp_path: Path) -> None:
 
 def test_all_of_it_comes_back(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored())
+    store.save(stored(), DECLARATION)
     found = load(store)
     assert_same(found, stored())
     assert found.state.memory.store is found.samples
@@ -80,7 +80,8 @@ def test_the_answer_comes_back_to_be_sent_again(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path, digest="d")
     update = Update({"w": torch.tensor([1.5, -2.0])}, {"num-examples": 3, "loss": 0.25})
     kept = stored()
-    store.save(Stored(kept.state, kept.samples, kept.pending, Answer(7, "question", update)))
+    answered = Stored(kept.state, kept.samples, kept.pending, Answer(7, "question", update))
+    store.save(answered, DECLARATION)
     answer = load(store).answer
     assert answer is not None
     assert (answer.server_round, answer.question) == (7, "question")
@@ -90,7 +91,7 @@ def test_the_answer_comes_back_to_be_sent_again(tmp_path: Path) -> None:
 
 def test_samples_can_be_forgotten_and_added_after_loading(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored())
+    store.save(stored(), DECLARATION)
     found = load(store)
     found.samples.retain(torch.tensor([0], dtype=torch.int32))
     assert int(found.samples.used.sum()) == 1
@@ -105,7 +106,7 @@ def test_tensors_that_share_memory_can_be_saved(tmp_path: Path) -> None:
     params = torch.arange(6.0, requires_grad=True)
     memory = Memory({"a": params[:3], "b": params[:3]})
     store = DeviceStore(tmp_path, digest="d")
-    store.save(Stored(DeviceState(memory), toy_store()))
+    store.save(Stored(DeviceState(memory), toy_store()), declaration)
     found = store.load(declaration, ENCODING)
     assert found is not None
     assert found.state.memory["b"].tolist() == [0, 1, 2]
@@ -113,8 +114,8 @@ def test_tensors_that_share_memory_can_be_saved(tmp_path: Path) -> None:
 
 def test_a_save_replaces_the_former_state_and_leaves_no_other_file(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored(1))
-    store.save(stored(2))
+    store.save(stored(1), DECLARATION)
+    store.save(stored(2), DECLARATION)
     assert_same(load(store), stored(2))
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
@@ -123,21 +124,21 @@ def test_a_crash_while_saving_leaves_the_former_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored(1))
+    store.save(stored(1), DECLARATION)
 
     def crash(_handle: int) -> None:
         raise OSError("power failure")
 
     monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError, match="power failure"):
-        store.save(stored(2))
+        store.save(stored(2), DECLARATION)
     monkeypatch.undo()
     assert_same(load(store), stored(1))
 
 
 def test_damage_anywhere_in_the_file_is_noticed(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored())
+    store.save(stored(), DECLARATION)
     whole = store.path.read_bytes()
     for place in [*range(8, len(whole), 37), len(whole) - 1]:
         store.path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
@@ -150,7 +151,7 @@ def test_damage_anywhere_in_the_file_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [0, 1, 100, -1])
 def test_a_truncated_file_is_noticed(tmp_path: Path, left: int) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored())
+    store.save(stored(), DECLARATION)
     whole = store.path.read_bytes()
     store.path.write_bytes(whole[:left])
     with pytest.raises(StateError, match=r"state\.safetensors: damaged or truncated"):
@@ -176,6 +177,6 @@ def test_a_later_run_starts_anew_and_an_earlier_one_is_over(tmp_path: Path) -> N
 
 def test_a_state_that_another_strategy_declared_is_refused(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path, digest="d")
-    store.save(stored())
+    store.save(stored(), DECLARATION)
     with pytest.raises(StrategyError, match="anchor"):
         store.load({**DECLARATION, "anchor": TensorSpec((9,))}, ENCODING)
