@@ -12,7 +12,7 @@ from typing import Any
 
 from edgelearn.files import write_atomic
 from harness import machine
-from harness.paths import QUICK_RESULTS, RESULTS
+from harness.paths import QUICK_RESULTS, RESULTS, ROOT
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,13 @@ def read(part: str, folder: Path) -> dict[str, Any] | None:
 def write(part: str, result: Mapping[str, Any], folder: Path) -> None:
     """Store a result."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / f"{part}.json", (json.dumps(result, indent=1) + "\n").encode())
+    text = _portable(json.dumps(result, indent=1))
+    write_atomic(folder / f"{part}.json", f"{text}\n".encode())
+
+
+def _portable(text: str) -> str:
+    """Leave out where the checkout lies on this machine."""
+    return text.replace(f"{ROOT}/", "")
 
 
 def repeat(
@@ -85,6 +91,7 @@ def repeat(
     """
     count = repetitions or options.repetitions
     head = {"part": part, "quick": options.quick, **machine.describe(), "config": dict(config)}
+    head = json.loads(_portable(json.dumps(head)))
     stored = None if options.fresh else read(part, options.folder)
     result: dict[str, Any] = {**head, "turns": [], "skipped": {}}
     if stored is not None and {k: stored.get(k) for k in head} == head:

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness import results
 
-from parts import comparison, continual, ewc, memory
+from parts import comparison, continual, device, ewc, memory
 from parts.comparison import FLOWER
 
 Results = dict[str, dict[str, Any]]
@@ -163,6 +163,28 @@ def _fisher(found: Results) -> float | None:
     return results.median(results.values(found[ewc.WORKLOAD], ewc.FISHER, "ours_ms"))
 
 
+def _device(method: str) -> Any:
+    def measured(found: Results) -> float | None:
+        return device.factor(found[device.PART], method) if device.PART in found else None
+
+    return measured
+
+
+def _added(method: str) -> Any:
+    """Return what a method adds to a pass of naive on one device, on the reference engine."""
+
+    def measured(found: Results) -> float | None:
+        if device.PART not in found:
+            return None
+        return device.added(found[device.PART], method, "reference")
+
+    return measured
+
+
+def _fisher_epochs(found: Results) -> float | None:
+    return device.fisher_epochs(found[device.PART]) if device.PART in found else None
+
+
 def _cpu(tiers: tuple[str, ...]) -> Any:
     return _of_any("flute", "cpu_s_per_round", tiers)
 
@@ -192,6 +214,12 @@ TARGETS = (
     Target("EWC, less CPU than Avalanche at equal accuracy", 10, True, _continual("ewc"), " x"),
     Target("EWC adds to a step, on the worst engine", 15, False, _ewc, " %"),
     Target("Fisher of 60 samples, 2NN, CPU", 3, False, _fisher, " ms"),
+    Target("one device, naive, less CPU than Avalanche", 3, True, _device("naive"), " x"),
+    Target("one device, replay, less CPU than Avalanche", 3, True, _device("replay"), " x"),
+    Target("one device, EWC, less CPU than Avalanche", 3, True, _device("ewc"), " x"),
+    Target("one device, EWC adds to naive, consolidation included", 25, False, _added("ewc"), " %"),
+    Target("one device, SI adds to naive, consolidation included", 25, False, _added("si"), " %"),
+    Target("Fisher of 1,000 samples, small CNN, in epochs", 2, False, _fisher_epochs, " epochs"),
 )
 
 

@@ -16,7 +16,12 @@ from avalanche.benchmarks.scenarios.supervised import class_incremental_benchmar
 from avalanche.benchmarks.utils.classification_dataset import (  # noqa: E402
     _make_taskaware_tensor_classification_dataset,
 )
-from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin  # noqa: E402
+from avalanche.training.plugins import (  # noqa: E402
+    EvaluationPlugin,
+    EWCPlugin,
+    ReplayPlugin,
+    SynapticIntelligencePlugin,
+)
 from avalanche.training.templates import SupervisedTemplate  # noqa: E402
 from clock import Clock, argument, finish  # noqa: E402
 from work import Work  # noqa: E402
@@ -56,6 +61,8 @@ def plugins(asked):
         return [ReplayPlugin(mem_size=asked["capacity"])]
     if asked["strategy"] == "ewc":
         return [EWCPlugin(asked["ewc_lambda"], mode="online", decay_factor=1.0)]
+    if asked["strategy"] == "si":
+        return [SynapticIntelligencePlugin(si_lambda=1.0)]
     return []
 
 
