@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     _scenario_options(compare)
 
     _command(commands, "scenarios", _scenarios, "list the built-in scenarios")
+    strategies = _command(
+        commands, "strategies", _strategies, "list client strategies, and what each costs"
+    )
+    strategies.add_argument("scenario", nargs="?", help="reckon with it (default: split-digits)")
     validate = _command(commands, "validate", _validate, "check a scenario, list all its faults")
     validate.add_argument("scenario", help="name or TOML file")
     copy = _command(commands, "copy", _copy, "copy a built-in scenario to a file of your own")
@@ -363,6 +367,29 @@ def _scenarios(_options: argparse.Namespace) -> int:
     width = max(map(len, known), default=0)
     for name, path in known.items():
         print(f"{name:<{width}}  {load(path).title}")
+    return DONE
+
+
+def _strategies(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from edgelearn.catalogue import catalogue
+    from edgelearn.report.formats import size
+
+    name = options.scenario or "split-digits"
+    table = Table(title=f"{name}, default arguments", title_justify="left", box=None)
+    for column in ("strategy", "what it does"):
+        table.add_column(column)
+    for column in ("remembers", "sends more"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("engine")
+    for entry in catalogue(name):
+        remembered, sent = size(entry.memory_bytes), size(entry.sent_bytes)
+        row = (entry.name, escape(entry.summary), remembered, sent, entry.engine)
+        table.add_row(*row)
+    Console().print(table)
     return DONE
 
 
