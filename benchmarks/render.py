@@ -76,7 +76,10 @@ def render(folder: Path = RESULTS, page: Path = PAGE) -> Path:
             parts.append(f"Not measured yet: `python benchmarks/{command}`.\n")
             continue
         parts += [section(found[name]) + "\n", footer(found[name]) + "\n"]
-    page.parent.mkdir(parents=True, exist_ok=True)
+    images = page.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    if scaling.WORKLOAD in found:
+        scaling.plot(found[scaling.WORKLOAD], images / scaling.PLOT)
     page.write_text("\n".join(parts))
     return page
 

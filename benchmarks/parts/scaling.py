@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from harness import results, world
-from harness.paths import IMAGES, QUICK_RESULTS
 from harness.results import Options
 
 from parts import comparison
@@ -67,11 +66,7 @@ def measure(options: Options) -> dict[str, Any]:
         "command": "python benchmarks/engines.py --only scaling",
     }
     count = 1 if options.quick else min(3, options.repetitions)
-    result = results.repeat(WORKLOAD, runs, options, config=config, repetitions=count)
-    folder = QUICK_RESULTS if options.quick else IMAGES
-    folder.mkdir(parents=True, exist_ok=True)
-    plot(result, folder / PLOT)
-    return result
+    return results.repeat(WORKLOAD, runs, options, config=config, repetitions=count)
 
 
 def line(result: dict[str, Any], axis: str, field: str) -> dict[str, Any] | None:
@@ -169,6 +164,7 @@ def plot(result: dict[str, Any], path: Any) -> None:
             place.plot(fit["x"], fit["y"], "o", color="C0")
             place.set_ylim(0, 1.1 * max(fit["y"]))
             place.set_xlabel(axis)
+            place.locator_params(axis="x", nbins=4)
         row[0].set_ylabel(label)
     figure.suptitle(result["config"]["engine"])
     figure.savefig(path, dpi=110, metadata={"Software": None})

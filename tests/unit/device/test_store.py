@@ -159,7 +159,7 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, left: int) -> None:
 
 
 def test_the_state_of_another_scenario_is_refused(tmp_path: Path) -> None:
-    DeviceStore(tmp_path, digest="one").save(stored())
+    DeviceStore(tmp_path, digest="one").save(stored(), DECLARATION)
     with pytest.raises(StateError, match=r"belongs to the scenario one.*this run's is other"):
         DeviceStore(tmp_path, digest="other").load(DECLARATION, ENCODING)
 
@@ -167,9 +167,9 @@ def test_the_state_of_another_scenario_is_refused(tmp_path: Path) -> None:
 def test_a_later_run_starts_anew_and_an_earlier_one_is_over(tmp_path: Path) -> None:
     first = DeviceStore(tmp_path, digest="d", run="20260101T000000-a")
     second = DeviceStore(tmp_path, digest="d", run="20260102T000000-a")
-    first.save(stored(1))
+    first.save(stored(1), DECLARATION)
     assert second.load(DECLARATION, ENCODING) is None
-    second.save(stored(2))
+    second.save(stored(2), DECLARATION)
     assert_same(load(second), stored(2))
     with pytest.raises(StateError, match="the device has moved on to the run 20260102"):
         first.load(DECLARATION, ENCODING)
