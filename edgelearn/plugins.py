@@ -5,6 +5,7 @@ Built-ins are entry points like anybody else's: what `pyproject.toml` declares i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -60,8 +61,10 @@ def resolve(reference: str, group: str) -> Any:
 def joined(reference: str) -> list[str]:
     """Return the parts of a reference that "+" joins; a file's path may hold one itself."""
     place = reference.rpartition(":")[0]
-    if place.endswith(".py") and Path(place).expanduser().is_file():
-        return [reference]
+    if place.endswith(".py"):
+        with contextlib.suppress(PluginError):  # no such file: its parts may be there
+            find_file(place)
+            return [reference]
     return reference.split("+")
 
 

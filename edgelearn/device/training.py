@@ -114,13 +114,13 @@ class Training:
         self, params: Tensor, memory: Memory, steps: Iterator[Step], seed: int, mu: float
     ) -> Trained:
         strategy, model, spec = self.strategy, self.model, self.spec
-        after = _AfterGradient.of(strategy, spec, memory)
+        reference = params[: model.layout.num_trained]
+        after = _AfterGradient.of(strategy, spec, memory, mu, reference)
         has_own_gradient = strategy.overrides("gradient")
         local, carried = params.clone(), params.clone()
         model.carry(carried)  # apart from `local`, since a forward pass writes into it
         model.module.train()
         current = local[: model.layout.num_trained].requires_grad_()
-        reference = params[: model.layout.num_trained]
         optimizer = make_optimizer(spec, current)
         total, count, passed = 0.0, 0, 0
         # Dropout and the like draw from torch's global generator.
@@ -133,10 +133,8 @@ class Training:
                     loss = strategy.loss(model, current, batch, memory)
                     (gradients,) = torch.autograd.grad(loss, current)
                 with torch.no_grad():
-                    if mu:
-                        gradients = gradients + mu * (current - reference)
                     memory = after.move(optimizer, current, gradients, memory)
-                    step.memory = memory
+                step.memory = memory
                 total += float(loss.detach())
                 count, passed = count + 1, passed + len(batch)
         local[model.layout.num_trained :] = carried[model.layout.num_trained :]
@@ -150,7 +148,7 @@ class Training:
         local = params.clone()
         current, reference = local[: stack.num_params], params[: stack.num_params]
         network = LinearStack(stack, current)
-        after = _AfterGradient.of(self.strategy, spec, memory)
+        after = _AfterGradient.of(self.strategy, spec, memory, mu, reference)
         is_fused = spec.momentum == 0 and not after.sees_gradient
         gradients = torch.empty(0) if is_fused else torch.empty_like(current)
         optimizer = _Sgd(spec, current)
@@ -167,8 +165,6 @@ class Training:
                 after.pull_back(current, memory)
             else:
                 network.gradient(inputs, delta, gradients)
-                if mu:
-                    gradients.add_(current - reference, alpha=mu)
                 memory = after.move(optimizer, current, gradients, memory)
                 step.memory = memory
             total += float(loss)
@@ -187,6 +183,8 @@ class _AfterGradient:
         has_proximal: Whether it has an implicit step of its own.
         keeps_account: Whether it has to be told of each step.
         implicit: Anchor and weight [T] of a declared implicit pull.
+        mu: FedProx's mu.
+        reference: Global parameters [T].
     """
 
     strategy: ClientStrategy
@@ -195,9 +193,18 @@ class _AfterGradient:
     has_proximal: bool
     keeps_account: bool
     implicit: tuple[Tensor, Tensor] | None
+    mu: float
+    reference: Tensor
 
     @classmethod
-    def of(cls, strategy: ClientStrategy, spec: ClientSpec, memory: Memory) -> _AfterGradient:
+    def of(
+        cls,
+        strategy: ClientStrategy,
+        spec: ClientSpec,
+        memory: Memory,
+        mu: float,
+        reference: Tensor,
+    ) -> _AfterGradient:
         pull = strategy.pull()
         adjusts = strategy.overrides("adjust") or (pull is not None and pull.is_explicit)
         has_proximal = strategy.overrides("proximal")
@@ -205,7 +212,8 @@ class _AfterGradient:
         if pull is not None and not pull.is_explicit and not has_proximal:
             implicit = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
         keeps_account = strategy.overrides("after_step")
-        return cls(strategy, spec.lr, adjusts, has_proximal, keeps_account, implicit)
+        hooks = adjusts, has_proximal, keeps_account
+        return cls(strategy, spec.lr, *hooks, implicit, mu, reference)
 
     @property
     def sees_gradient(self) -> bool:
@@ -218,6 +226,8 @@ class _AfterGradient:
         """Take the step in place; return the memory after it."""
         if self.adjusts:
             gradients = self.strategy.adjust(gradients, current, memory)
+        if self.mu:
+            gradients = gradients + self.mu * (current - self.reference)
         before = current.detach().clone() if self.keeps_account else current
         optimizer.step(gradients)
         self.pull_back(current, memory)

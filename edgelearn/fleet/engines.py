@@ -31,9 +31,14 @@ def open_engine(world: World, store_path: Path, plan: Plan) -> Engine:
         mean = native.mean if plan.inner == "native" else weighted_sum
         return RayEngine(world, store_path, inner, mean, num_workers=plan.num_workers)
     if plan.tier == "pool":
-        rows = rows_in_memory(make_learner(world).model.layout.size)
-        cohort = min(world.scenario.fleet.cohort, rows)
-        return PoolEngine(world, store_path, num_workers=plan.num_workers, cohort=cohort)
+        size = make_learner(world).model.layout.size
+        return PoolEngine(
+            world,
+            store_path,
+            num_workers=plan.num_workers,
+            cohort=min(world.scenario.fleet.cohort, rows_in_memory(size)),
+            num_params=size,
+        )
     if plan.tier == "native":
         return NativeEngine(world, store_path, num_threads=plan.num_workers)
     return _open_alone(plan.tier, world, store_path)

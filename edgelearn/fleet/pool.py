@@ -25,7 +25,6 @@ import torch.multiprocessing
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.device.learner import make_learner
 from edgelearn.errors import RunError
 from edgelearn.fleet.evaluation import pieces
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
@@ -46,7 +45,9 @@ class _Worker:
 class PoolEngine:
     """N processes, one torch thread each."""
 
-    def __init__(self, world: World, store_path: Path, *, num_workers: int, cohort: int) -> None:
+    def __init__(
+        self, world: World, store_path: Path, *, num_workers: int, cohort: int, num_params: int
+    ) -> None:
         """Start the workers.
 
         Args:
@@ -54,10 +55,10 @@ class PoolEngine:
             store_path: The fleet's state.
             num_workers: Processes.
             cohort: Devices that can send an update in one call of `run`.
+            num_params: Length of a parameter vector, P.
         """
-        size = make_learner(world).model.layout.size
-        self._params = torch.zeros(size)
-        self._updates = torch.zeros(cohort, size)
+        self._params = torch.zeros(num_params)
+        self._updates = torch.zeros(cohort, num_params)
         self._world = world
         samples = (world.train.x, world.train.y, world.test.x, world.test.y)
         for tensor in (self._params, self._updates, *samples):

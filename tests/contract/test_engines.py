@@ -41,7 +41,13 @@ HOOKS = f"{Path(__file__).with_name('hooks.py')}"
 
 Open = Callable[[World, Path], Engine]
 TIERS: dict[str, Open] = {
-    "pool-2": lambda world, path: PoolEngine(world, path, num_workers=2, cohort=NUM_DEVICES),
+    "pool-2": lambda world, path: PoolEngine(
+        world,
+        path,
+        num_workers=2,
+        cohort=NUM_DEVICES,
+        num_params=make_learner(world).model.layout.size,
+    ),
     "batched": BatchedEngine,
     "native-1": lambda world, path: NativeEngine(world, path, num_threads=1),
     "native-2": lambda world, path: NativeEngine(world, path, num_threads=2),

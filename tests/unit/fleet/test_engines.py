@@ -64,7 +64,10 @@ class Bench:
         cls, world: World, folder: Path, *, workers: int, capacity: int = NUM_DEVICES
     ) -> Bench:
         store = cls._store(world, folder / f"pool-{workers}-{capacity}.bin")
-        engine = PoolEngine(world, store.path, num_workers=workers, cohort=capacity)
+        size = make_learner(world).model.layout.size
+        engine = PoolEngine(
+            world, store.path, num_workers=workers, cohort=capacity, num_params=size
+        )
         return cls(world, store, engine)
 
     @staticmethod
@@ -395,7 +398,7 @@ def test_workers_that_cannot_start_say_why(tmp_path: Path) -> None:
     )
     path = Bench._store(world_of("naive"), tmp_path / "devices.bin").path
     with pytest.raises(RunError, match=r"could not start: RuntimeError: no strategy today"):
-        PoolEngine(world, path, num_workers=1, cohort=2)
+        PoolEngine(world, path, num_workers=1, cohort=2, num_params=172)
 
 
 def test_closing_ends_all_workers(tmp_path: Path) -> None:
