@@ -99,7 +99,7 @@ def test_a_network_that_can_not_end_in_a_linear_layer(layers, expected):
 
 def test_a_network_that_does_not_end_in_its_last_linear_layer():
     model = FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.LogSoftmax(1)))
-    with pytest.raises(StrategyError, match="does not end in its layer '1'.*softmax"):
+    with pytest.raises(StrategyError, match=r"does not end in its layer '1'.*softmax"):
         features(model, model.initial(), torch.ones(2, *SHAPE))
 
 
