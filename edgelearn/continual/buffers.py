@@ -98,3 +98,60 @@ def class_balanced(
         torch.tensor(out, dtype=torch.int32),
         torch.tensor(seen, dtype=torch.int64),
     )
+
+
+def herding(features: Tensor, count: int, *, mean: Tensor | None = None) -> Tensor:
+    """Herding: samples whose mean comes nearest to that of their class, in order of choice.
+
+    The k-th is argmin_x |mean - (phi(x) + sum_{j<k} phi(p_j)) / k|, of those not chosen yet. So the
+    first of them are a good choice of that many, too: a buffer shrinks by dropping the last.
+
+    Reference: Rebuffi, Kolesnikov, Sperl, Lampert, "iCaRL: Incremental Classifier and
+    Representation Learning", CVPR 2017, arXiv:1611.07725, algorithm 4.
+
+    Args:
+        features: phi of one class's samples [n, d]; iCaRL's have length 1.
+        count: Samples wanted; as many as there are if fewer.
+        mean: The mean to come near to [d]; None is that of `features`.
+
+    Returns:
+        Places of the samples [min(n, count)], int64.
+    """
+    target = features.mean(0) if mean is None else mean
+    chosen: list[int] = []
+    total = torch.zeros_like(target)
+    is_free = torch.ones(len(features), dtype=torch.bool)
+    for k in range(1, min(len(features), count) + 1):
+        distances = (target - (features + total) / k).square().sum(1)
+        place = int(distances.masked_fill(~is_free, float("inf")).argmin())
+        chosen.append(place)
+        is_free[place] = False
+        total = total + features[place]
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+def quotas(available: Tensor, capacity: int) -> Tensor:
+    """Return how many samples of each class a buffer has room for, as evenly as can be.
+
+    Args:
+        available: Samples of each class that there are [C], int64.
+        capacity: Room for so many.
+
+    Returns:
+        [C], int64, each at most what is available. What can't be dealt out evenly goes to the
+        lowest labels that have more.
+
+    Example:
+        >>> quotas(torch.tensor([9, 1, 0, 9]), 8)
+        tensor([4, 1, 0, 3])
+    """
+    level = torch.zeros_like(available)
+    left = min(capacity, int(available.sum()))
+    while left > 0:
+        wanting = (available > level).nonzero().flatten()
+        share = max(1, left // len(wanting))
+        wanting = wanting[: left if share == 1 else len(wanting)]
+        more = torch.minimum(available[wanting] - level[wanting], torch.tensor(share))
+        level[wanting] += more
+        left -= int(more.sum())
+    return level

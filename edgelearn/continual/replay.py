@@ -7,13 +7,16 @@ from typing import final
 import torch
 from torch import Generator, Tensor
 
-from edgelearn.continual.buffers import class_balanced, reservoir
+from edgelearn.continual.buffers import class_balanced, herding, quotas, reservoir
+from edgelearn.continual.features import features
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
+from edgelearn.continual.mode import evaluating
 from edgelearn.continual.strategy import ClientStrategy, Facts, Rehearsal
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import EMPTY, Samples
 
-POLICIES = ("class-balanced", "reservoir")
+POLICIES = ("class-balanced", "reservoir", "herding")
+_ROWS = 256  # that pass through the network at once
 
 
 @final
@@ -26,10 +29,17 @@ class Replay(ClientStrategy):
     Memories in Continual Learning", 2019, arXiv:1902.10486, algorithm 1. We differ: the buffer is
     filled at the end of an experience, not during it.
 
+    With the policy "herding" a class has the samples whose mean feature comes nearest to that of
+    the class (`herding`), on features of length 1 at the final global parameters (Rebuffi et al.,
+    "iCaRL", 2017, arXiv:1611.07725, algorithms 4 and 5). Classes get equal parts of the buffer, as
+    far as they have samples. What a class that comes again had kept is chosen from anew together
+    with what arrives, and stands in the mean for all that it was chosen from.
+
     Args:
         memory_kib: Size of the buffer on a device, in KiB of stored samples.
         capacity: The same in samples; give one of the two, or none for 200 samples.
-        policy: What a full buffer keeps: "class-balanced" or "reservoir".
+        policy: What a full buffer keeps: "class-balanced", "reservoir" or "herding" (of a network
+            that ends in a linear layer).
         replay_batch: Samples replayed per step; 0 replays as many as arrive.
         share: Part of the loss that replayed samples get, in [0, 1]; negative weighs every
             sample alike.
@@ -74,13 +84,15 @@ class Replay(ClientStrategy):
 
     def finish(
         self,
-        model: FlatModel,  # noqa: ARG002
-        params: Tensor,  # noqa: ARG002
+        model: FlatModel,
+        params: Tensor,
         data: Samples,
         memory: Memory,
         generator: Generator,
     ) -> Memory:
         """Take the experience that has ended into the buffer."""
+        if self.policy == "herding":
+            return _herded(model, params, data, memory)
         order = torch.randperm(len(data), generator=generator)
         arriving, arriving_labels = data.ids[order], data.labels[order]
         ids, seen = memory["buffer"], memory["seen"]
@@ -91,3 +103,42 @@ class Replay(ClientStrategy):
         labels = memory.store.labels(ids.clamp(min=0)) if (ids != EMPTY).any() else ids.long()
         buffer, seen = class_balanced(ids, labels, seen, arriving, arriving_labels, generator)
         return memory.replace(buffer=buffer, seen=seen)
+
+
+def _herded(model: FlatModel, params: Tensor, data: Samples, memory: Memory) -> Memory:
+    """Return the memory with the buffer filled by herding, class by class, in order of choice."""
+    held = Samples(memory.store, memory["buffer"][memory["buffer"] != EMPTY])
+    held_labels = held.labels if len(held) else torch.zeros(0, dtype=torch.int64)
+    seen, num_classes = memory["seen"], len(memory["seen"])
+    arriving = torch.bincount(data.labels, minlength=num_classes)
+    room = quotas(
+        torch.bincount(held_labels, minlength=num_classes) + arriving, len(memory["buffer"])
+    )
+    kept: list[Tensor] = []
+    for label, count in enumerate(room.tolist()):
+        old, new = held.ids[held_labels == label], data.ids[data.labels == label]
+        if len(new):
+            ids = torch.cat([old, new])
+            own = _unit_features(model, params, Samples(memory.store, ids))
+            # Of those before, only some are left to speak for all.
+            before = int(seen[label]) if len(old) else 0
+            mean = own[len(old) :].sum(0)
+            if before:
+                mean = mean + before * own[: len(old)].mean(0)
+            old = ids[herding(own, count, mean=mean / (before + len(new)))]
+        kept.append(old[:count])
+    buffer = torch.full_like(memory["buffer"], EMPTY)
+    ids = torch.cat(kept)
+    buffer[: len(ids)] = ids
+    return memory.replace(buffer=buffer, seen=seen + arriving)
+
+
+@torch.no_grad()
+def _unit_features(model: FlatModel, params: Tensor, data: Samples) -> Tensor:
+    """Return features of length 1 [n, d]."""
+    with evaluating(model.module):
+        parts = [
+            features(model, params, data.batch(slice(start, start + _ROWS)).x)
+            for start in range(0, len(data), _ROWS)
+        ]
+    return torch.nn.functional.normalize(torch.cat(parts), dim=1)

@@ -16,8 +16,11 @@ from torch import Generator, Tensor
 from edgelearn import plugins
 from edgelearn.continual.buffers import reservoir
 from edgelearn.continual.ewc import EWC
+from edgelearn.continual.lwf import LwF
+from edgelearn.continual.mas import MAS
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.continual.replay import Replay
+from edgelearn.continual.si import SI
 from edgelearn.continual.strategy import ClientStrategy, Update
 from edgelearn.errors import PluginError
 from edgelearn.scenario.samples import Batch, Samples
@@ -50,6 +53,15 @@ def test_installed_strategies_keep_the_contract(name: str) -> None:
         (EWC, {"mode": "separate", "step": "explicit", "strength": 1.0, "max_fisher_samples": 3}),
         (EWC, {"decay": 0.5}),
         (EWC, {"strength": 0.0}),
+        (EWC, {"fisher": "true", "storage": "int8"}),
+        (EWC, {"fisher": "exact", "storage": "float16", "mode": "separate"}),
+        (SI, {"step": "explicit", "storage": "float16"}),
+        (SI, {"storage": "int8"}),
+        (MAS, {"step": "explicit", "strength": 0.1, "storage": "float16"}),
+        (MAS, {"storage": "int8", "max_samples": 3}),
+        (LwF, {"storage": "float16"}),
+        (LwF, {"storage": "int8", "alpha": 0.5, "temperature": 1.0}),
+        (Replay, {"capacity": 5, "policy": "herding"}),
         (Replay, {"capacity": 4, "policy": "class-balanced"}),
         (Replay, {"capacity": 4, "policy": "reservoir"}),
         (Replay, {"memory_kib": 0.1, "policy": "reservoir", "share": 0.5}),

@@ -57,6 +57,24 @@ RUNS: dict[str, dict[str, Any]] = {
     "unreliable-fleet": {
         "fleet": {"profiles": {"phone-low": 1.0, "sensor-hub": 1.0}, "deadline_s": 0.02}
     },
+    "ewc-true-fisher-int8": {
+        "client": {"strategy": "ewc", "args": {"fisher": "true", "storage": "int8"}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "si": {
+        "client": {"strategy": "si", "args": {}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "mas": {
+        "client": {"strategy": "mas", "args": {}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "lwf": {"client": {"strategy": "lwf", "args": {}}},
+    "lwf-tasks": {
+        "client": {"strategy": "lwf", "args": {"storage": "float16"}},
+        "stream": {"kind": "task-incremental", "rounds_per_experience": 2},
+    },
+    "replay-herding": {"client": {"args": {"capacity": 20, "policy": "herding"}}},
 }
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edgelearn.continual.buffers import class_balanced, reservoir
+from edgelearn.continual.buffers import class_balanced, herding, quotas, reservoir
 from edgelearn.scenario.samples import EMPTY
 
 
@@ -183,3 +183,70 @@ def test_labels_of_empty_places_do_not_matter():
         assert buffer.tolist() == [0, 1, EMPTY]
         assert seen.tolist() == [1, 1]
         assert (buffer.dtype, seen.dtype) == (torch.int32, torch.int64)
+
+
+# -- herding ---------------------------------------------------------------------------------------
+
+
+def slow_herding(features, count, mean):
+    """Algorithm 4 of iCaRL, one sample after another, without choosing one twice."""
+    chosen = []
+    for k in range(1, count + 1):
+        best, nearest = None, None
+        for n, phi in enumerate(features):
+            if n in chosen:
+                continue
+            average = (phi + sum(features[j] for j in chosen)) / k
+            distance = float((mean - average).norm())
+            if nearest is None or distance < nearest:
+                best, nearest = n, distance
+        chosen.append(best)
+    return chosen
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20])
+def test_herding_is_the_papers_loop(count):
+    features = torch.randn(20, 5, generator=generator(), dtype=torch.float64)
+    assert herding(features, count).tolist() == slow_herding(features, count, features.mean(0))
+    mean = torch.ones(5, dtype=torch.float64)
+    assert herding(features, count, mean=mean).tolist() == slow_herding(features, count, mean)
+
+
+def test_herding_comes_nearer_to_the_mean_than_chance():
+    features = torch.randn(200, 8, generator=generator())
+    mean = features.mean(0)
+    for count in (5, 20, 50):
+        chosen = (features[herding(features, count)].mean(0) - mean).norm()
+        others = [
+            (features[torch.randperm(200, generator=generator(seed))[:count]].mean(0) - mean).norm()
+            for seed in range(20)
+        ]
+        assert chosen < min(others) / 2
+
+
+def test_the_first_of_the_chosen_are_a_choice_of_fewer():
+    features = torch.randn(30, 4, generator=generator())
+    assert herding(features, 12)[:5].tolist() == herding(features, 5).tolist()
+
+
+def test_herding_of_fewer_than_wanted_takes_all():
+    features = torch.randn(3, 4, generator=generator())
+    assert sorted(herding(features, 10).tolist()) == [0, 1, 2]
+    assert herding(features[:0], 10).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("available", "capacity", "expected"),
+    [
+        ([9, 9], 8, [4, 4]),
+        ([9, 9, 9], 8, [3, 3, 2]),
+        ([9, 1, 0, 9], 8, [4, 1, 0, 3]),
+        ([2, 3], 8, [2, 3]),
+        ([5, 5], 0, [0, 0]),
+        ([0, 0], 4, [0, 0]),
+        ([100, 1, 1, 1], 50, [47, 1, 1, 1]),
+        ([5, 5, 5, 5], 2, [1, 1, 0, 0]),
+    ],
+)
+def test_quotas(available, capacity, expected):
+    assert quotas(torch.tensor(available), capacity).tolist() == expected

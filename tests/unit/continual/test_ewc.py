@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from edgelearn.continual.ewc import EWC
-from edgelearn.continual.fisher import empirical_fisher
+from edgelearn.continual.fisher import empirical_fisher, true_fisher
 from edgelearn.continual.memory import Memory, check
 from edgelearn.continual.strategy import Facts
 from edgelearn.params import FlatModel
@@ -140,6 +140,52 @@ def test_max_fisher_samples():
     torch.testing.assert_close(memory["fisher"], empirical_fisher(m, params[0], few))
 
 
+@pytest.mark.parametrize("kind", ["empirical", "true", "exact"])
+def test_the_estimator_of_the_fisher(kind):
+    m, data = model(), experience(0)
+    params = anchors(m, 1)[0]
+    strategy = EWC(fisher=kind, max_fisher_samples=12)
+    memory = strategy.finish(
+        m, params, data, initial(strategy, m), torch.Generator().manual_seed(4)
+    )
+    expected = {
+        "empirical": empirical_fisher(m, params, data, max_samples=12),
+        "true": true_fisher(m, params, data, torch.Generator().manual_seed(4), max_samples=12),
+        "exact": true_fisher(m, params, data, None, max_samples=12),
+    }
+    assert torch.equal(memory["fisher"], expected.pop(kind))
+    assert not any(torch.allclose(memory["fisher"], other) for other in expected.values())
+
+
+# -- how it is kept --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_cheap_storage_pulls_nearly_as_much(mode, storage):
+    m, lr = model(), 0.1
+    params = anchors(m)
+    full = learn(EWC(strength=5.0, mode=mode), m, params)
+    strategy = EWC(strength=5.0, mode=mode, storage=storage)
+    memory = learn(strategy, m, params)
+    assert not memory["fisher"].any()  # it is decoded when a round begins
+    given = m.initial()
+    entered, memory = strategy.enter(m, given, memory)
+    assert entered is given
+    assert torch.allclose(memory["fisher"], full["fisher"], rtol=0.1, atol=1e-4)
+    assert not torch.equal(memory["fisher"], full["fisher"])
+    exact = EWC(strength=5.0, mode=mode).proximal(given, full, lr=lr) - given
+    found = strategy.proximal(given, memory, lr=lr) - given
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+def test_only_cheap_storage_computes_at_the_beginning_of_a_round():
+    assert EWC().is_declared
+    assert not EWC().overrides("enter")
+    assert EWC(storage="int8").overrides("enter")
+    assert EWC(storage="int8").overrides("finish")
+
+
 # -- the step --------------------------------------------------------------------------------------
 
 
@@ -229,6 +275,8 @@ def test_both_steps_agree_for_a_small_learning_rate():
         ({"strength": float("nan")}, "strength is nan"),
         ({"decay": 1.5}, "decay is 1.5; allowed: 0 to 1"),
         ({"max_fisher_samples": -1}, "max_fisher_samples is -1"),
+        ({"fisher": "false"}, "fisher is 'false'; allowed: empirical, true, exact"),
+        ({"storage": "int4"}, "storage is 'int4'; allowed: float32, float16, int8"),
     ],
 )
 def test_bad_arguments(kwargs, expected):

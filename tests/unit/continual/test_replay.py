@@ -48,7 +48,7 @@ def test_the_size_of_the_buffer():
     assert declared()["seen"].shape == (4,)
 
 
-@pytest.mark.parametrize("policy", ["reservoir", "class-balanced"])
+@pytest.mark.parametrize("policy", ["reservoir", "class-balanced", "herding"])
 def test_the_buffer_takes_in_what_has_ended(policy):
     strategy = Replay(capacity=10, policy=policy)
     memory = finish(strategy, start(strategy), samples(0, 1, 2))
@@ -57,12 +57,12 @@ def test_the_buffer_takes_in_what_has_ended(policy):
     assert len(held(memory)) == 10
     assert set(held(memory)) <= {0, 1, 2, *range(25, 60)}
     assert memory["seen"].tolist() == [3, 25, 10, 0]
-    if policy == "class-balanced":
+    if policy != "reservoir":
         kept = torch.bincount(STORE.labels(memory["buffer"]), minlength=4)
         assert kept.tolist() in ([3, 4, 3, 0], [3, 3, 4, 0])
 
 
-@pytest.mark.parametrize("policy", ["reservoir", "class-balanced"])
+@pytest.mark.parametrize("policy", ["reservoir", "class-balanced", "herding"])
 def test_an_experience_without_samples(policy):
     strategy = Replay(capacity=3, policy=policy)
     memory = finish(strategy, start(strategy), samples())
@@ -70,6 +70,40 @@ def test_an_experience_without_samples(policy):
     memory = finish(strategy, finish(strategy, memory, samples(5, 6)), samples())
     assert held(memory) == [5, 6]
     assert memory["seen"].tolist() == [2, 0, 0, 0]
+
+
+ANGLES = torch.tensor([3.0, 87.0, 40.0, 44.0, 1.0, 46.0, 30.0, 60.0]) * torch.pi / 180
+POINTS = torch.stack([ANGLES.cos(), ANGLES.sin()], 1) * torch.linspace(1, 9, 8)[:, None]
+
+
+def herded(strategy, memory, *ids):
+    store = SharedSamples(POINTS, torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), Encoding())
+    memory = Memory(memory, store)
+    data = Samples(store, torch.tensor(ids, dtype=torch.int32))
+    return strategy.finish(MODEL, MODEL.initial(), data, memory, torch.Generator())
+
+
+def test_herding_keeps_the_nearest_to_the_mean_of_features_of_length_1():
+    strategy = Replay(capacity=3, policy="herding")
+    memory = herded(strategy, start(strategy), 0, 1, 2, 3)
+    # The mean's direction is 43.5 degrees: 44 is next to it, and with it 40; then 87 with these.
+    assert memory["buffer"].tolist() == [3, 2, 1]
+    # Of two classes each gets its part; the first one drops what it chose last.
+    memory = herded(strategy, memory, 6, 7)
+    assert memory["buffer"].tolist()[:2] == [3, 2]
+    assert memory["buffer"].tolist()[2] in (6, 7)
+    assert memory["seen"].tolist() == [4, 2, 0, 0]
+
+
+def test_herding_chooses_anew_where_a_class_comes_again():
+    strategy = Replay(capacity=2, policy="herding")
+    memory = herded(strategy, start(strategy), 0, 4)
+    assert sorted(memory["buffer"].tolist()) == [0, 4]
+    crowd = memory.replace(seen=torch.tensor([1000, 0, 0, 0]))
+    # Two for a thousand hold against one that is new; two for two do not.
+    assert herded(strategy, crowd, 1)["buffer"].tolist()[0] in (0, 4)
+    assert sorted(herded(strategy, crowd, 1)["buffer"].tolist()) == [0, 4]
+    assert 1 in herded(strategy, memory, 1)["buffer"].tolist()
 
 
 def test_which_samples_stay_is_a_matter_of_the_generator():
@@ -127,7 +161,7 @@ def test_a_real_device_stores_the_samples_themselves():
         ({"memory_kib": 1, "capacity": 1}, "not both"),
         ({"memory_kib": -1}, "not below 0"),
         ({"capacity": -1}, "not below 0"),
-        ({"policy": "newest"}, "policy is 'newest'; allowed: class-balanced, reservoir"),
+        ({"policy": "newest"}, "policy is 'newest'; allowed: class-balanced, reservoir, herding"),
         ({"share": 1.1}, "share is 1.1; at most 1"),
         ({"replay_batch": -1}, "replay_batch is -1; at least 0"),
     ],
