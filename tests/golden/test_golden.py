@@ -57,6 +57,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "unreliable-fleet": {
         "fleet": {"profiles": {"phone-low": 1.0, "sensor-hub": 1.0}, "deadline_s": 0.02}
     },
+    "der": {"client": {"strategy": "der", "args": {"capacity": 20}}},
+    "derpp": {"client": {"strategy": "derpp", "args": {"capacity": 20, "policy": "reservoir"}}},
 }
 
 
