@@ -60,6 +60,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "der": {"client": {"strategy": "der", "args": {"capacity": 20}}},
     "derpp": {"client": {"strategy": "derpp", "args": {"capacity": 20, "policy": "reservoir"}}},
     "er-ace": {"client": {"strategy": "er-ace", "args": {"capacity": 20}}},
+    "agem": {"client": {"strategy": "agem", "args": {"capacity": 20}}},
 }
 
 
