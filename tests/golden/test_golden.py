@@ -61,6 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "derpp": {"client": {"strategy": "derpp", "args": {"capacity": 20, "policy": "reservoir"}}},
     "er-ace": {"client": {"strategy": "er-ace", "args": {"capacity": 20}}},
     "agem": {"client": {"strategy": "agem", "args": {"capacity": 20}}},
+    "gem": {"client": {"strategy": "gem", "args": {"capacity": 20}}},
 }
 
 
