@@ -62,6 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "er-ace": {"client": {"strategy": "er-ace", "args": {"capacity": 20}}},
     "agem": {"client": {"strategy": "agem", "args": {"capacity": 20}}},
     "gem": {"client": {"strategy": "gem", "args": {"capacity": 20}}},
+    "gdumb": {"client": {"strategy": "gdumb", "args": {"capacity": 20}}},
 }
 
 
