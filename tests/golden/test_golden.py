@@ -63,6 +63,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "agem": {"client": {"strategy": "agem", "args": {"capacity": 20}}},
     "gem": {"client": {"strategy": "gem", "args": {"capacity": 20}}},
     "gdumb": {"client": {"strategy": "gdumb", "args": {"capacity": 20}}},
+    "icarl": {"client": {"strategy": "icarl", "args": {"capacity": 20}}},
 }
 
 
