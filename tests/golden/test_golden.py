@@ -75,6 +75,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "stream": {"kind": "task-incremental", "rounds_per_experience": 2},
     },
     "replay-herding": {"client": {"args": {"capacity": 20, "policy": "herding"}}},
+    "der": {"client": {"strategy": "der", "args": {"capacity": 20}}},
+    "derpp": {"client": {"strategy": "derpp", "args": {"capacity": 20, "policy": "reservoir"}}},
+    "er-ace": {"client": {"strategy": "er-ace", "args": {"capacity": 20}}},
+    "agem": {"client": {"strategy": "agem", "args": {"capacity": 20}}},
+    "gem": {"client": {"strategy": "gem", "args": {"capacity": 20}}},
+    "gdumb": {"client": {"strategy": "gdumb", "args": {"capacity": 20}}},
+    "icarl": {"client": {"strategy": "icarl", "args": {"capacity": 20}}},
 }
 
 
