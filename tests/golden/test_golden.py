@@ -57,6 +57,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "unreliable-fleet": {
         "fleet": {"profiles": {"phone-low": 1.0, "sensor-hub": 1.0}, "deadline_s": 0.02}
     },
+    "fedprox-client": {"client": {"strategy": "replay+fedprox", "args": {"fedprox": {"mu": 0.5}}}},
+    "scaffold": {"client": {"strategy": "scaffold", "args": {}}},
+    "fedcurv": {"client": {"strategy": "fedcurv", "args": {}}},
+    "fedper": {"client": {"strategy": "fedper", "args": {}}},
+    "fedrep": {"client": {"strategy": "fedrep", "args": {"head_steps": 6}}},
+    "moon": {"client": {"strategy": "moon", "args": {}}},
 }
 
 
