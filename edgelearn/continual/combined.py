@@ -50,6 +50,7 @@ class Combined(ClientStrategy):
             others = [n for n in parts if n not in found and any(map(parts[n].overrides, rest))]
             if found and others:
                 raise ValueError(f"{found[0]} {does}, so {others[0]} can't change the steps")
+        self.needs_plain_sgd = any(part.needs_plain_sgd for part in parts.values())
         self._pulling = [n for n, p in parts.items() if p.pull() is not None]
 
     def overrides(self, hook: str) -> bool:

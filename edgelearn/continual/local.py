@@ -65,6 +65,8 @@ class Passage:
         samples: Its samples of the current experience; may be empty.
         num_steps: Steps taken.
         lr: Learning rate of these steps.
+        cohort: Devices that take part in a round.
+        num_devices: Devices in the fleet.
     """
 
     model: FlatModel
@@ -73,3 +75,5 @@ class Passage:
     samples: Samples
     num_steps: int
     lr: float
+    cohort: int = 1
+    num_devices: int = 1

@@ -155,9 +155,12 @@ class ClientStrategy:
     Attributes:
         replaces_loss: Whether `loss` stands in place of cross-entropy, so that it can't be combined
             with another that does; one that adds to `super().loss(...)` leaves it False.
+        needs_plain_sgd: Whether it reads the mean gradient off where a device has come to, so that
+            momentum and Adam are refused.
     """
 
     replaces_loss: ClassVar[bool] = False
+    needs_plain_sgd: bool = False
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
         """Declare what the device remembers: name -> `TensorSpec` or `SampleSpec`."""

@@ -13,7 +13,7 @@ from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check, passing
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
 from edgelearn.device.training import Training
-from edgelearn.errors import DivergenceError, StateError, StrategyError
+from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
@@ -91,6 +91,13 @@ class Learner:
     declaration: Declaration = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.strategy.needs_plain_sgd and not self.spec.is_plain_sgd:
+            message = (
+                f"{type(self.strategy).__name__} reads a device's mean gradient off its way, so it "
+                f"needs sgd without momentum; got {self.spec.optimizer}, momentum "
+                f"{self.spec.momentum:g}"
+            )
+            raise ScenarioError("client", [Fault("client", "optimizer", message)])
         shared = self.strategy.shares(self.model, self.facts)
         if shared:
             shapes = {name: spec.shape for name, spec in shared.items()}
@@ -157,8 +164,16 @@ class Learner:
         local, memory, loss = trained.params, trained.memory, trained.loss
         if math.isfinite(loss) and self.strategy.overrides("leave"):
             self._bind(local)
-            steps, lr = trained.num_steps, self.spec.lr
-            passage = Passage(self.model, params, local, samples, steps, lr)
+            passage = Passage(
+                model=self.model,
+                given=params,
+                local=local,
+                samples=samples,
+                num_steps=trained.num_steps,
+                lr=self.spec.lr,
+                cohort=self.facts.cohort,
+                num_devices=self.facts.num_devices,
+            )
             local, memory = self.strategy.leave(passage, memory)
         delta = local - params
         if not math.isfinite(loss) or not _is_finite(delta):

@@ -103,9 +103,9 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
         "rounds_per_experience": scenario.stream.rounds_per_experience,
         "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
         "orders": orders,
-        "num_parameters": layout.size,
+        "num_parameters": layout.num_network,
         "model_bytes": {
-            "float": 4 * layout.size,
+            "float": 4 * layout.num_network,
             "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
         },
         "memory_bytes_per_device": learner.memory_bytes,

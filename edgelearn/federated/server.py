@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
 from edgelearn import plugins
 from edgelearn.errors import Fault, ScenarioError, StateError, nearest
+from edgelearn.params import Layout
 from edgelearn.scenario.spec import Scenario
 
 from flwr.app import Array, ArrayRecord  # isort: skip
@@ -22,6 +23,14 @@ from flwr.serverapp.strategy import Strategy  # isort: skip
 
 # Not strategies that average tensors of one model: they wrap another one, or aggregate trees.
 _NOT_BY_NAME = ("DifferentialPrivacy", "FedXgb", "Result", "Strategy")
+
+_STEPPING = (
+    flower.FedAdagrad,
+    flower.FedAdam,
+    flower.FedAvgM,
+    flower.FedYogi,
+    flower.QFedAvg,
+)
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -66,6 +75,25 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
         fault = Fault("server", "args", str(error))
         raise ScenarioError(scenario.name, [fault]) from error
     return strategy
+
+
+def refuse_to_step(strategy: Strategy, layout: Layout, scenario: Scenario) -> None:
+    """Refuse tensors beside the network to server strategies that do more than average.
+
+    What a client strategy shares (control variates, Fisher information) is a sum that the server's
+    average adds up. Momentum, adaptive step sizes and q-fair weights would scale each of its
+    numbers, which means nothing. Strategies that choose or trim replies are let through.
+
+    Raises:
+        ScenarioError: If the layout has such tensors and the strategy is one of these.
+    """
+    if layout.num_shared_tensors and isinstance(strategy, _STEPPING):
+        message = (
+            f"{type(strategy).__name__} makes steps of its own from the average, which changes "
+            f"what {scenario.client.strategy!r} sends beside the network; allowed: FedAvg, "
+            "FedProx, and those that choose among replies (FedMedian, FedTrimmedAvg, Krum, ...)"
+        )
+        raise ScenarioError(scenario.name, [Fault("server", "strategy", message)])
 
 
 def _known_arguments(scenario: Scenario) -> dict[str, Any]:

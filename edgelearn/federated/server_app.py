@@ -30,7 +30,7 @@ from edgelearn.federated.journal import FileJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.network import NetworkFleet
 from edgelearn.federated.record import RunRecord
-from edgelearn.federated.server import make_server_strategy
+from edgelearn.federated.server import make_server_strategy, refuse_to_step
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import build
 
@@ -92,6 +92,7 @@ def serve(
     _check_directory(out, scenario)
     world = build(scenario)
     learner, strategy = make_learner(world), make_server_strategy(scenario)
+    refuse_to_step(strategy, learner.model.layout, scenario)
     with rundir.locked(out):  # nothing is written before the scenario has proved to be whole
         if (record := rundir.finished(out)) is not None:
             _log.info("the run in %s is complete", out)

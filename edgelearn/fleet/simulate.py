@@ -25,7 +25,7 @@ from edgelearn.federated.exchange import Exchange, Run
 from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
-from edgelearn.federated.server import make_server_strategy
+from edgelearn.federated.server import make_server_strategy, refuse_to_step
 from edgelearn.fleet.engines import open_engine
 from edgelearn.fleet.plan import Plan, make_plan
 from edgelearn.fleet.reference import one_thread
@@ -154,6 +154,7 @@ def _prepare(scenario: Scenario, options: _Options) -> _Setup:
     _check_budgets(learner, profiles, scenario)
     plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
     strategy = make_server_strategy(scenario)
+    refuse_to_step(strategy, learner.model.layout, scenario)
     fused = _is_fused(strategy, options.federation)
     return _Setup(world, learner, strategy, profiles, plan, fused, options)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edgelearn.compress.quantize import activation_scale, quantize_weight
-from edgelearn.params import FlatModel
+from edgelearn.params import SHARED, FlatModel
 from edgelearn.runtime.protocol import GroupPrepared, Rows
 
 Layer = nn.Linear | nn.Conv2d
@@ -210,7 +210,8 @@ class Int8Prepared(GroupPrepared):
     ) -> None:
         self._model, self._params = model, params.detach().clone()
         self._skeleton, self._layers = skeleton, layers
-        views = model.layout.views(self._params)
+        found = model.layout.views(self._params)
+        views = {name: view for name, view in found.items() if not name.startswith(SHARED)}
         stored = _stored_names(model.module)
         tensors: dict[str, Tensor] = {}
         num_bytes = 0

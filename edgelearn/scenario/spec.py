@@ -135,6 +135,11 @@ class ClientSpec:
     momentum: float = _rule("momentum of sgd", 0.0, minimum=0.0, maximum=1.0)
     weight_decay: float = _rule("L2 penalty", 0.0, minimum=0.0)
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is the gradient times the learning rate."""
+        return self.optimizer == "sgd" and self.momentum == 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:

@@ -38,6 +38,8 @@ def compare_stacked(strategy: ClientStrategy, hook: str, calls: list[Call]) -> N
     for k, own in enumerate(alone):
         for name, expected in own.items():
             found = together[name][k]
+            if expected.dtype is torch.bool:
+                found, expected = found.float(), expected.float()
             size = float(expected.abs().max()) if expected.numel() else 0.0
             if found.shape != expected.shape or not torch.allclose(
                 found, expected, rtol=_RTOL, atol=1e-6 * max(1.0, size), equal_nan=True

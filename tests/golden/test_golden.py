@@ -82,6 +82,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "gem": {"client": {"strategy": "gem", "args": {"capacity": 20}}},
     "gdumb": {"client": {"strategy": "gdumb", "args": {"capacity": 20}}},
     "icarl": {"client": {"strategy": "icarl", "args": {"capacity": 20}}},
+    "fedprox-client": {"client": {"strategy": "replay+fedprox", "args": {"fedprox": {"mu": 0.5}}}},
+    "scaffold": {"client": {"strategy": "scaffold", "args": {}}},
+    "fedcurv": {"client": {"strategy": "fedcurv", "args": {}}},
+    "fedper": {"client": {"strategy": "fedper", "args": {}}},
+    "fedrep": {"client": {"strategy": "fedrep", "args": {"head_steps": 6}}},
+    "moon": {"client": {"strategy": "moon", "args": {}}},
 }
 
 

@@ -18,7 +18,10 @@ Make = Callable[..., Scenario]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.parametrize(("client", "federation"), [("replay", "fused"), ("ewc", "faithful")])
+@pytest.mark.parametrize(
+    ("client", "federation"),
+    [("replay", "fused"), ("ewc", "faithful"), ("replay+scaffold", "fused")],
+)
 def test_the_same_bits_as_one_machine(
     small: Make, tmp_path: Path, client: str, federation: str
 ) -> None:

@@ -87,8 +87,10 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
             "client.args.policy": "reservoir",
         },
         {"stream.kind": "task-incremental", "server.strategy": "FedProx", "fleet.cohort": 1},
+        {"client.strategy": "replay+scaffold", "client.args": {}},
+        {"client.strategy": "fedcurv+fedper", "client.args": {}},
     ],
-    ids=["replay", "ewc", "rotated", "tasks"],
+    ids=["replay", "ewc", "rotated", "tasks", "control variates", "curvature and heads"],
 )
 def test_same_bits_as_the_simulator(tmp_path: Path, overrides: dict[str, Any]) -> None:
     config = run_config(tmp_path / "state", out=str(tmp_path / "real"), overrides=overrides)
