@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from edgelearn.continual.buffers import herding
 from edgelearn.continual.features import features, last_linear
-from edgelearn.continual.herding import herded
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.continual.strategy import ClientStrategy, Facts, Rehearsal
 from edgelearn.errors import StrategyError
@@ -38,8 +38,8 @@ class ICaRL(ClientStrategy):
 
     **Exemplars.** When an experience ends, each of the m classes that the device has had samples of
     keeps capacity / m exemplars: those of old classes are the first of their order, those of its
-    classes are herded (algorithms 4 and 5, `herded`) from its samples and the exemplars of the same
-    class.
+    classes are herded (algorithms 4 and 5, `herding`) from its samples and the exemplars of the
+    same class.
 
     **Answer.** A device answers with the class whose mean mu_c is nearest to the features phi(x),
     where phi is normalized, mu_c is the mean of the normalized features of the class's exemplars,
@@ -161,7 +161,8 @@ class ICaRL(ClientStrategy):
             new = data.ids[arriving_labels == label]
             if len(new):
                 own = torch.cat([own, new[~torch.isin(new, own)]])
-                own = own[herded(_features(model, params, Samples(store, own)), quota)]
+                unit = F.normalize(_features(model, params, Samples(store, own)).double(), dim=1)
+                own = own[herding(unit, quota)]
             chosen.append(own[:quota])
         exemplars = torch.cat(chosen)
         buffer = torch.full_like(ids, EMPTY)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgelearn.continual.buffers import herding
 from edgelearn.continual.features import features, last_linear
-from edgelearn.continual.herding import herded
 from edgelearn.continual.icarl import ICaRL
 from edgelearn.continual.memory import Memory, check
 from edgelearn.continual.strategy import Facts
@@ -75,7 +75,9 @@ def test_exemplars_are_herded_in_equal_parts():
     assert [len(kept[c]) for c in (0, 1, 2)] == [4, 3, 3]
     for label, ids in kept.items():
         own = torch.arange(20 * label, 20 * label + 20)
-        order = herded(features(MODEL, PARAMS, STORE.batch(own).x), 10)
+        order = herding(
+            F.normalize(features(MODEL, PARAMS, STORE.batch(own).x).double(), dim=1), 10
+        )
         assert ids == own[order][: len(ids)].tolist()
 
 
@@ -95,7 +97,7 @@ def test_a_class_that_comes_again_is_herded_from_both():
     memory = live(strategy, ((0,), of_classes(0, count=10)), ((0,), again))
     kept = by_label(live(strategy, ((0,), of_classes(0, count=10))))[0]
     own = torch.tensor([*kept, *range(10, 20)])
-    order = herded(features(MODEL, PARAMS, STORE.batch(own).x), 5)
+    order = herding(F.normalize(features(MODEL, PARAMS, STORE.batch(own).x).double(), dim=1), 5)
     assert by_label(memory)[0] == own[order].tolist()
 
 
