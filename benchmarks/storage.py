@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     print(
-        "| strategy | storage | bytes stored | bytes in a round | accuracy % | to float32 | each |"
+        "| strategy | storage | bytes stored | in a round | accuracy % | to float32 | each |"
     )
     print("|---|---|---|---|---|---|---|")
     full: Row | None = None
