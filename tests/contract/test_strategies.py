@@ -21,7 +21,7 @@ from edgelearn.continual.mas import MAS
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.si import SI
-from edgelearn.continual.strategy import ClientStrategy, Update
+from edgelearn.continual.strategy import ClientStrategy, Update, make_strategy
 from edgelearn.errors import PluginError
 from edgelearn.scenario.samples import Batch, Samples
 from edgelearn.testing.checks import CHECKS
@@ -73,6 +73,21 @@ def test_built_in_strategies_pass_every_check_with_any_arguments(
     kind: type[ClientStrategy], arguments: dict[str, Any]
 ) -> None:
     findings = check_strategy(kind, **arguments)
+    assert [f for f in findings if f.passed is not True] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        ("ewc+replay", {"ewc": {"storage": "int8"}}),
+        ("si+lwf", {"lwf": {"storage": "float16"}}),  # bool tensors beside an account of steps
+        ("mas+lwf+replay", {"replay": {"policy": "herding", "capacity": 4}}),
+    ],
+)
+def test_combinations_of_built_in_strategies_pass_every_check(
+    names: str, arguments: dict[str, Any]
+) -> None:
+    findings = check_strategy(lambda: make_strategy(names, arguments))
     assert [f for f in findings if f.passed is not True] == []
 
 
