@@ -9,6 +9,7 @@ the network (such as control variates), which the network itself never sees.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -82,6 +83,13 @@ class Layout:
     def num_network(self) -> int:
         """Number of leading elements that are the network, without what is shared beside it."""
         return sum(self.sizes[: len(self.sizes) - self.num_shared_tensors])
+
+    @cached_property
+    def places(self) -> dict[str, slice]:
+        """Where each tensor lies in the vector, by name."""
+        ends = itertools.accumulate(self.sizes)
+        sized = zip(self.names, self.sizes, ends, strict=True)
+        return {name: slice(end - size, end) for name, size, end in sized}
 
     def shared(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of what travels beside the network in `flat` [P], by the names given."""

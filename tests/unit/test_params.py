@@ -239,3 +239,10 @@ def test_the_initial_vector_is_not_that_of_whoever_trained_last():
     before = model.initial()
     model.carry(torch.full_like(before, 7.0))
     assert torch.equal(model.initial(), before)
+
+
+def test_places_are_where_views_lie():
+    layout = FlatModel(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))).layout
+    flat = torch.arange(layout.size, dtype=torch.float32)
+    for name, view in layout.views(flat).items():
+        assert torch.equal(flat[layout.places[name]], view.flatten())
