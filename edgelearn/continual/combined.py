@@ -115,6 +115,10 @@ class Combined(ClientStrategy):
             memory = _with(memory, name, own)
         return params, memory
 
+    def is_frozen(self, memory: Memory) -> bool:
+        """Whether any part says so."""
+        return any(part.is_frozen(_of(memory, name)) for name, part in self.parts.items())
+
     def fit(self, task: LocalTask) -> Trained:
         """Train as the part does that trains by itself."""
         (name,) = self._overriding("fit")

@@ -6,7 +6,7 @@ strategy *declares* what it does (`rehearsal`, `pull`) instead of computing it: 
 compiled ones included, can run it. A device calls
 
 1. `start` when an experience begins,
-2. `enter` in each round, with the global parameters,
+2. `enter` in each round, with the global parameters, and asks `is_frozen`: then 3 is left out,
 3. for each step `extend`, `gradient` (by default that of `loss`), `adjust`, the optimizer's step,
    `proximal`, `after_step`; a strategy that has no such steps overrides `fit` instead,
 4. `leave` in each round, with what came of it, and `upload` on what it is about to send,
@@ -128,7 +128,7 @@ def supervised_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (F.cross_entropy(logits, batch.y, reduction="none") * batch.weight).sum()
 
 
-ROUND_HOOKS = ("enter", "fit", "leave")
+ROUND_HOOKS = ("enter", "is_frozen", "fit", "leave")
 STEP_HOOKS = ("extend", "gradient", "loss", "adjust", "proximal", "after_step")
 
 
@@ -212,6 +212,10 @@ class ClientStrategy:
             memory: What the device remembers.
         """
         return params, memory
+
+    def is_frozen(self, memory: Memory) -> bool:  # noqa: ARG002
+        """Whether the network is not to be trained any more: the device then takes no steps."""
+        return False
 
     def fit(self, task: LocalTask) -> Trained:
         """Replace local training as a whole, for methods that do not go step by step.

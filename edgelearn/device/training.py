@@ -62,7 +62,7 @@ class Training:
             seed: Of all that is drawn: the order of samples, replay, dropout.
             proximal_mu: FedProx's mu.
         """
-        if len(samples) == 0:
+        if len(samples) == 0 or self.strategy.is_frozen(memory):
             return Trained(params.clone(), memory, 0.0, 0, 0)
         if self.strategy.overrides("fit"):
             return self._as_the_strategy_does(

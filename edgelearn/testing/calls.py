@@ -31,6 +31,7 @@ _IN_TRAINING = ("fit", *STEP_HOOKS)
 _RETURNS: dict[str, type] = {
     "start": Memory,
     "enter": tuple,
+    "is_frozen": bool,
     "fit": Trained,
     "extend": Batch,
     "gradient": tuple,
@@ -171,7 +172,9 @@ def walk(
         memory = do("start", model=model, params=trained, memory=memory, experience=experience)
         generator = torch_generator(0, "walk", device.device, position)
         local, memory = do("enter", model=model, params=params, memory=memory)
-        if strategy.overrides("fit"):
+        if do("is_frozen", memory=memory):
+            pass
+        elif strategy.overrides("fit"):
             seed = 7 * device.device + position
             done = do("fit", task=LocalTask(model, local, memory, data, spec, seed))
             local, memory = done.params, done.memory

@@ -88,6 +88,28 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedper": {"client": {"strategy": "fedper", "args": {}}},
     "fedrep": {"client": {"strategy": "fedrep", "args": {"head_steps": 6}}},
     "moon": {"client": {"strategy": "moon", "args": {}}},
+    "ncm": {"client": {"strategy": "ncm", "args": {}}},
+    "slda": {"client": {"strategy": "slda", "args": {"shrinkage": 0.01}}},
+    "reptile": {
+        "client": {"strategy": "reptile", "args": {"adapt_lr": 0.1}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "maml": {
+        "client": {"strategy": "maml", "args": {"inner_lr": 0.1, "inner_steps": 2}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "maml-second-order": {
+        "client": {"strategy": "maml", "args": {"inner_lr": 0.1, "is_second_order": True}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "anil": {
+        "client": {"strategy": "anil", "args": {"inner_lr": 0.1}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "per-fedavg": {
+        "client": {"strategy": "per-fedavg", "args": {"alpha": 0.1}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
 }
 
 
