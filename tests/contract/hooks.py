@@ -25,7 +25,7 @@ class Functional(ClientStrategy):
         return plain + 0.01 * ((1 + memory["path"].abs()) * params.square()).sum()
 
     def adjust(self, gradients: Tensor, params: Tensor, memory: Memory) -> Tensor:
-        return gradients * torch.clamp(1.0 / gradients.norm(), max=1.0)
+        return gradients * torch.clamp(0.2 / gradients.norm(), max=1.0)
 
     def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
         return params.sign() * torch.relu(params.abs() - 1e-3 * lr)
