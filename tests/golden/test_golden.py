@@ -57,6 +57,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "unreliable-fleet": {
         "fleet": {"profiles": {"phone-low": 1.0, "sensor-hub": 1.0}, "deadline_s": 0.02}
     },
+    "re-fed": {"client": {"strategy": "re-fed", "args": {"capacity": 20}}},
+    "re-fed-balanced": {
+        "client": {"strategy": "re-fed", "args": {"capacity": 20, "is_balanced": True}}
+    },
+    "fot": {"client": {"strategy": "fot", "args": {"energy": 0.9, "min_samples": 4}}},
+    "fedssi": {
+        "client": {"strategy": "fedssi", "args": {"strength": 10.0}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "target": {"client": {"strategy": "target", "args": {"capacity": 20, "steps": 10}}},
 }
 
 
