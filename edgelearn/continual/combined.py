@@ -42,7 +42,7 @@ class Combined(ClientStrategy):
 
     def __init__(self, parts: Mapping[str, ClientStrategy]) -> None:
         self.parts = dict(parts)
-        _only_one(self, "replays", [n for n, p in parts.items() if p.rehearsal() is not None])
+        _only_one(self, "replays", [n for n, p in parts.items() if _replays(p)])
         _only_one(self, "replaces the loss", [n for n, p in parts.items() if _replaces(p)])
         for hook, does in (("gradient", "takes the gradient"), ("fit", "trains by itself")):
             _only_one(self, does, found := self._overriding(hook))
@@ -237,6 +237,11 @@ class _Once(FlatModel):
         answer = super().__call__(params, x)
         self._answers.append((params, x, answer))
         return answer
+
+
+def _replays(part: ClientStrategy) -> bool:
+    """Whether a part lets samples of its own join a batch, whose places only one can know."""
+    return part.rehearsal() is not None or part.overrides("extend")
 
 
 def _replaces(part: ClientStrategy) -> bool:

@@ -110,6 +110,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "client": {"strategy": "per-fedavg", "args": {"alpha": 0.1}},
         "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
     },
+    "re-fed": {"client": {"strategy": "re-fed", "args": {"capacity": 20}}},
+    "re-fed-balanced": {
+        "client": {"strategy": "re-fed", "args": {"capacity": 20, "is_balanced": True}}
+    },
+    "fot": {"client": {"strategy": "fot", "args": {"energy": 0.9, "min_samples": 4}}},
+    "fedssi": {
+        "client": {"strategy": "fedssi", "args": {"strength": 10.0}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    "target": {"client": {"strategy": "target", "args": {"capacity": 20, "steps": 10}}},
 }
 
 
