@@ -287,7 +287,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     from edgelearn.api import with_client
     from edgelearn.fleet.simulate import simulate
-    from edgelearn.report.tables import Comparison
+    from edgelearn.report.comparison import Comparison
 
     scenario = _load(options)
     if options.seeds < 1:

@@ -13,7 +13,7 @@ from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check, passing
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
 from edgelearn.device.training import Training
-from edgelearn.errors import DivergenceError, StateError, StrategyError
+from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
@@ -286,11 +286,19 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
 
 
 def make_learner(world: World) -> Learner:
-    """Build the learner of a scenario: network, client strategy and what they may know."""
+    """Build the learner of a scenario: network, client strategy and what they may know.
+
+    Raises:
+        ScenarioError: If the strategy does not take its arguments, or can't take `client.steps`.
+    """
     spec, fleet = world.scenario.client, world.scenario.fleet
+    strategy = make_strategy(spec.strategy, spec.args)
+    if spec.steps and strategy.overrides("fit"):
+        message = f"{spec.strategy!r} trains by itself and counts its own steps; leave it at 0"
+        raise ScenarioError(world.scenario.name, [Fault("client", "steps", message)])
     return Learner(
         model=world.model(),
-        strategy=make_strategy(spec.strategy, spec.args),
+        strategy=strategy,
         spec=spec,
         facts=Facts(
             world.stream.num_experiences,
