@@ -31,15 +31,24 @@ def section(table: Table, results: Results, *, rows: Sequence[Row] | None = None
         f"| method | setting | ours ({table.unit}) | n | reference | tolerance | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
-    remarks = []
+    notes: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for row in rows:
         found = results.estimate(row, {})
         verdict = judge(row, found, digits=table.digits)
         lines.append(_line(table, row, found, verdict))
-        remarks += _remarks(row, verdict)
+        if row.note:
+            notes.setdefault(row.note, []).append(_name(row))
+        if verdict.is_reproduced is False:
+            reasons.setdefault(row.reason or "not known", []).append(_name(row))
     counted = [judge(row, results.estimate(row, {})).is_reproduced for row in rows]
     summary = f"{counted.count(True)} reproduced, {counted.count(False)} not"
-    lines += ["", f"{summary}, {counted.count(None)} without a verdict.", *remarks]
+    lines += ["", f"{summary}, {counted.count(None)} without a verdict.", ""]
+    lines += [f"- Not as in the source: {text} ({'; '.join(who)})." for text, who in notes.items()]
+    lines += [
+        f"- Not reproduced, likely reason: {text} ({'; '.join(who)})."
+        for text, who in reasons.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -66,7 +75,7 @@ def _provenance(table: Table, entries: Sequence[Mapping[str, Any]]) -> list[str]
         return [f"Not run yet: `edgelearn reproduce {table.name}`.", ""]
     seeds = sorted({int(entry["seed"]) for entry in entries})
     made = list(dict.fromkeys(_made_with(entry["made_with"]) for entry in entries))
-    minutes = sum(entry["seconds"] for entry in entries) / 60
+    minutes = sum(entry["cpu_s"] for entry in entries) / 60
     count = max(seeds) + 1
     command = f"edgelearn reproduce {table.name} --seeds {count}"
     which = ", ".join(map(str, seeds))
@@ -98,11 +107,5 @@ def _line(table: Table, row: Row, found: Estimate, verdict: Verdict) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _remarks(row: Row, verdict: Verdict) -> list[str]:
-    name, found = f"{row.method}, {row.setting}", []
-    if row.note:
-        found += ["", f"- {name}: {row.note}"]
-    if verdict.is_reproduced is False:
-        reason = row.reason or "not known"
-        found += ["", f"- {name} was not reproduced; likely reason: {reason}"]
-    return found
+def _name(row: Row) -> str:
+    return f"{row.method}, {row.setting}"

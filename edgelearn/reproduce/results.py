@@ -50,7 +50,7 @@ class Results:
             raise StateError(f"{path}: not the results of a table: {error!r}") from error
 
     def add(
-        self, setup: Mapping[str, Any], seed: int, numbers: Mapping[str, float], seconds: float
+        self, setup: Mapping[str, Any], seed: int, numbers: Mapping[str, float], cpu_s: float
     ) -> None:
         """Keep an outcome, and write the file."""
         mark = digest(setup)
@@ -60,7 +60,7 @@ class Results:
             "seed": seed,
             **setup,
             "numbers": plain,
-            "seconds": round(seconds, 1),
+            "cpu_s": round(cpu_s, 1),
             "made_with": made_with(),
         }
         text = json.dumps({"results": list(self.entries.values())}, indent=1, allow_nan=False)

@@ -6,10 +6,11 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-from edgelearn.errors import DatasetError, PluginError
+from edgelearn.errors import DatasetError, PluginError, RunError
 from edgelearn.reproduce.results import Results
 from edgelearn.reproduce.table import Row, Table, find
 
@@ -22,7 +23,7 @@ class Outcome:
         row: The first row that asked for it.
         seed: The seed.
         numbers: What it returned; None if it failed.
-        seconds: How long it took.
+        cpu_s: Processor seconds that it took.
         problem: Why it failed.
         is_unavailable: Whether it failed for want of data or a plug-in, not by itself.
     """
@@ -30,7 +31,7 @@ class Outcome:
     row: Row
     seed: int
     numbers: dict[str, float] | None
-    seconds: float
+    cpu_s: float
     problem: str = ""
     is_unavailable: bool = False
 
@@ -58,6 +59,9 @@ def reproduce(
 
     Returns:
         What failed.
+
+    Raises:
+        RunError: If a process died.
     """
     table = find(reference)
     overrides = table.quick if is_quick else {}
@@ -68,7 +72,7 @@ def reproduce(
         if outcome.numbers is None:
             failed.append(outcome)
         else:
-            results.add(setup, outcome.seed, outcome.numbers, outcome.seconds)
+            results.add(setup, outcome.seed, outcome.numbers, outcome.cpu_s)
         if on_outcome is not None:
             on_outcome(outcome, count, len(todo))
     return failed
@@ -107,6 +111,10 @@ def _outcomes(
         }
         for future in as_completed(waiting):
             yield waiting[future], future.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            f"a process that ran a row died, maybe for want of memory: {error}"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -114,16 +122,15 @@ def _outcomes(
 def _run(reference: str, index: int, seed: int, is_quick: bool) -> Outcome:
     """Run one row; what it raises is told, so that the others go on."""
     table = find(reference)
-    row, started = table.rows[index], time.perf_counter()
+    row, started = table.rows[index], time.process_time()
     arguments = row.setup(table.quick if is_quick else {})["arguments"]
     try:
         numbers = {name: float(v) for name, v in row.run(**arguments, seed=seed).items()}
     except Exception as error:
         is_unavailable = isinstance(error, DatasetError | PluginError)
         problem = f"{type(error).__name__}: {error}"
-        seconds = time.perf_counter() - started
-        return Outcome(row, seed, None, seconds, problem, is_unavailable)
-    return Outcome(row, seed, numbers, time.perf_counter() - started)
+        return Outcome(row, seed, None, time.process_time() - started, problem, is_unavailable)
+    return Outcome(row, seed, numbers, time.process_time() - started)
 
 
 def _use_one_thread() -> None:
