@@ -43,14 +43,17 @@ class Estimate:
 def estimate(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
     """Return the mean with Student's interval, mean ± t s / sqrt(n); NaN values are left out.
 
+    Where a value is infinite, such as the rounds to a goal that was not reached, so is the mean,
+    and there is no interval.
+
     Example:
         >>> found = estimate([1.0, 2.0, 3.0])
         >>> round(found.mean, 3), round(found.low, 3), round(found.high, 3)
         (2.0, -0.484, 4.484)
     """
     known = [value for value in values if not math.isnan(value)]
-    if len(known) < 2:
-        mean = known[0] if known else math.nan
+    if len(known) < 2 or not all(map(math.isfinite, known)):
+        mean = sum(known) / len(known) if known else math.nan
         return Estimate(mean, math.nan, math.nan, math.nan, len(known))
     mean, std = statistics.fmean(known), statistics.stdev(known)
     margin = student_quantile(confidence, len(known) - 1) * std / math.sqrt(len(known))

@@ -81,6 +81,9 @@ class Learner:
         spec: Epochs, batch size, optimizer.
         facts: What the strategy may know before data arrives.
         seed: The run's seed.
+
+    Raises:
+        ScenarioError: If the strategy trains by itself and is to take a number of steps.
     """
 
     model: FlatModel
@@ -91,6 +94,10 @@ class Learner:
     declaration: Declaration = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.spec.steps and self.strategy.overrides("fit"):
+            what = f"{self.spec.strategy!r} trains by itself"
+            fault = Fault("client", "steps", f"{what} and counts its own steps; leave it at 0")
+            raise ScenarioError("client", [fault])
         shared = self.strategy.shares(self.model, self.facts)
         if shared:
             shapes = {name: spec.shape for name, spec in shared.items()}
@@ -286,19 +293,11 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
 
 
 def make_learner(world: World) -> Learner:
-    """Build the learner of a scenario: network, client strategy and what they may know.
-
-    Raises:
-        ScenarioError: If the strategy does not take its arguments, or can't take `client.steps`.
-    """
+    """Build the learner of a scenario: network, client strategy and what they may know."""
     spec, fleet = world.scenario.client, world.scenario.fleet
-    strategy = make_strategy(spec.strategy, spec.args)
-    if spec.steps and strategy.overrides("fit"):
-        message = f"{spec.strategy!r} trains by itself and counts its own steps; leave it at 0"
-        raise ScenarioError(world.scenario.name, [Fault("client", "steps", message)])
     return Learner(
         model=world.model(),
-        strategy=strategy,
+        strategy=make_strategy(spec.strategy, spec.args),
         spec=spec,
         facts=Facts(
             world.stream.num_experiences,

@@ -4,11 +4,12 @@ Lines, by their `kind`:
 
 - `run`: once, first: versions, seed, scenario digest, sizes, engine, orders of the devices;
 - `start`: once: accuracy of the untrained model;
-- `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock, modelled energy;
+- `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock;
 - `devices`: at the end of an experience: each device's counts on each experience;
 - `end`: once, last: bytes by device, seconds.
 
-Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed.
+Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed. A
+round's `energy_j` is that of all devices, modelled; null where nobody models it.
 """
 
 from __future__ import annotations
@@ -187,6 +188,22 @@ class RunRecord:
         means = [_nanmean(np.array(column)) for column in zip(*rows, strict=True)]
         return ContinualScores(*means)
 
+    def device_accuracy(self, model: Model = "served") -> Spread:
+        """Return how the final accuracy on all experiences is spread over devices."""
+        return spread(self.final_by_device(model))
+
+    def device_forgetting(self, model: Model = "served") -> Spread:
+        """Return how forgetting is spread over devices, each in its own order; worst is most."""
+        matrices = self.device_matrices(model).values()
+        return spread_of_costs(np.array([forgetting(matrix) for matrix in matrices]))
+
+    def final_by_device(self, model: Model = "served") -> NDArray[np.float64]:
+        """Return each device's final accuracy over all of its test samples."""
+        if not self.device_rows or not self.device_rows[-1]["devices"]:
+            return np.array([])
+        line = self.device_rows[-1]
+        return _ratio(np.array(line[model]).sum(1), np.array(line["count"]).sum(1))
+
     def round_scores(self, model: Model = "served") -> RoundScores:
         """Return what the accuracies after each round say; NaN where devices differ in order."""
         lines = [line for line in self.rounds if line.get("accuracy") is not None]
@@ -252,22 +269,6 @@ class RunRecord:
         accuracy = [self.seen_accuracy(line, model) for line in (*start, *self.rounds)]
         spent = np.concatenate([np.zeros(len(start)), self.spent(cost)])
         return area_under(spent, np.array(accuracy), budget=budget)
-
-    def device_accuracy(self, model: Model = "served") -> Spread:
-        """Return how the final accuracy on all experiences is spread over devices."""
-        return spread(self.final_by_device(model))
-
-    def device_forgetting(self, model: Model = "served") -> Spread:
-        """Return how forgetting is spread over devices, each in its own order; worst is most."""
-        matrices = self.device_matrices(model).values()
-        return spread_of_costs(np.array([forgetting(matrix) for matrix in matrices]))
-
-    def final_by_device(self, model: Model = "served") -> NDArray[np.float64]:
-        """Return each device's final accuracy over all of its test samples."""
-        if not self.device_rows or not self.device_rows[-1]["devices"]:
-            return np.array([])
-        line = self.device_rows[-1]
-        return _ratio(np.array(line[model]).sum(1), np.array(line["count"]).sum(1))
 
 
 def _ratio(correct: NDArray[Any], count: NDArray[Any]) -> NDArray[np.float64]:

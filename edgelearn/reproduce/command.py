@@ -13,7 +13,7 @@ from rich.text import Text
 from edgelearn.reproduce import page
 from edgelearn.reproduce.results import Results, default_folder
 from edgelearn.reproduce.runner import Outcome, chosen, reproduce
-from edgelearn.reproduce.table import Table, find, judge
+from edgelearn.reproduce.table import Table, find, judge, write_number
 
 PAGE = "reproduction.md"
 
@@ -102,9 +102,7 @@ def _show(table: Table, results: Results, only: str, *, is_quick: bool) -> None:
         grid.add_column(header, justify="right" if justify == "right" else "left")
     for row in chosen(table, only):
         found = results.estimate(row, overrides)
-        ours = "-" if found.n == 0 else f"{found.mean:.{table.digits}f}"
-        if found.n > 1:
-            ours += f" ± {found.std:.{table.digits}f}"
+        ours = write_number(found, digits=table.digits)
         reference = "-" if row.reference is None else f"{row.reference:.{table.digits}f}"
         verdict = "" if is_quick else judge(row, found, digits=table.digits).text.replace("*", "")
         cells = (row.method, row.setting, ours, str(found.n), reference, verdict)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgelearn.files import write_atomic
 from edgelearn.reproduce.results import Results
-from edgelearn.reproduce.table import Row, Table, Verdict, judge
+from edgelearn.reproduce.table import Row, Table, Verdict, judge, write_number
 from edgelearn.significance import Estimate
 
 INTRO = """# Reproduction
@@ -93,11 +92,7 @@ def _made_with(made: Mapping[str, str]) -> str:
 
 def _line(table: Table, row: Row, found: Estimate, verdict: Verdict) -> str:
     digits = table.digits
-    ours = "-" if math.isnan(found.mean) else f"{found.mean:.{digits}f}"
-    if found.n > 1:
-        ours += f" ± {found.std:.{digits}f}"
-    elif found.n == 1:
-        ours += " (spread not known)"
+    ours = write_number(found, digits=digits)
     reference = "-" if row.reference is None else f"{row.reference:.{digits}f}"
     reference = row.published or reference
     if row.source:

@@ -54,7 +54,7 @@ class Results:
     ) -> None:
         """Keep an outcome, and write the file."""
         mark = digest(setup)
-        plain = {k: None if math.isnan(v) else float(v) for k, v in numbers.items()}
+        plain = {name: float(v) if math.isfinite(v) else str(v) for name, v in numbers.items()}
         self.entries[mark, seed] = {
             "digest": mark,
             "seed": seed,
@@ -88,8 +88,7 @@ class Results:
                 raise RunError(
                     f"{row.method}, {row.setting}, seed {seed}: no {row.metric!r} among {names}"
                 )
-            value = entry["numbers"][row.metric]
-            values.append(math.nan if value is None else float(value))
+            values.append(float(entry["numbers"][row.metric]))
         return estimate(values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,12 +105,22 @@ def judge(row: Row, found: Estimate, *, digits: int = 1) -> Verdict:
     if row.reference is None:
         return Verdict(None, "no reference")
     difference = found.mean - row.reference
+    if math.isinf(difference):
+        return Verdict(False, "**not reproduced** (never reached)")
     by = f"{difference:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
     if row.tolerance is None:
         return Verdict(None, f"not comparable ({by})")
     if abs(difference) <= row.tolerance:
         return Verdict(True, f"reproduced ({by})")
     return Verdict(False, f"**not reproduced** ({by})")
+
+
+def write_number(found: Estimate, *, digits: int) -> str:
+    """Return a mean with its sample standard deviation, as far as these are known."""
+    if found.n == 0 or math.isinf(found.mean):
+        return "-" if found.n == 0 else "not reached in every seed"
+    deviation = f" ± {found.std:.{digits}f}" if found.n > 1 else " (spread not known)"
+    return f"{found.mean:.{digits}f}{deviation}"
 
 
 def digest(setup: Mapping[str, Any]) -> str:

@@ -79,6 +79,12 @@ def test_without_two_values_there_is_no_interval(values):
     assert found.n == sum(not math.isnan(v) for v in values)
 
 
+def test_a_goal_that_was_not_reached():
+    found = estimate([3.0, math.inf, nan])
+    assert (found.mean, found.n) == (math.inf, 2)
+    assert math.isnan(found.std)
+
+
 def slow_flip(values):
     total = abs(sum(values))
     signs = itertools.product((1, -1), repeat=len(values))

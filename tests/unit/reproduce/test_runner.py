@@ -28,7 +28,7 @@ def test_a_setting_runs_once_for_all_its_rows(make_table, log, tmp_path):
     assert results.estimate(rows[1], {}).std == pytest.approx(0.5**0.5)
     assert results.estimate(rows[2], {}).mean == 4.0  # the second row of the first setting
     entry = results.of(rows[0], {})[1]
-    assert entry["numbers"] == {"score": 9.0, "half": 4.0, "unknown": None}
+    assert entry["numbers"] == {"score": 9.0, "half": 4.0, "unknown": "nan"}
     assert {"edgelearn", "python", "torch", "numpy", "machine"} <= set(entry["made_with"])
 
 

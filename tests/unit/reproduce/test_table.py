@@ -6,8 +6,10 @@ import pytest
 
 from edgelearn import plugins
 from edgelearn.errors import PluginError
-from edgelearn.reproduce.table import TABLES, Row, digest, find, judge
+from edgelearn.reproduce.table import TABLES, Row, digest, find, judge, write_number
 from edgelearn.significance import estimate
+
+INF = float("inf")
 
 
 def run(*, seed: int) -> dict[str, float]:
@@ -27,6 +29,7 @@ ROW = Row(
         ([77.0], True, "reproduced (\N{MINUS SIGN}3.0)"),
         ([76.9], False, "**not reproduced** (\N{MINUS SIGN}3.1)"),
         ([90.0], False, "**not reproduced** (+10.0)"),
+        ([INF, 80.0], False, "**not reproduced** (never reached)"),
         ([], None, "not run"),
         ([float("nan")], None, "not run"),
     ],
@@ -34,6 +37,11 @@ ROW = Row(
 def test_verdicts(values, expected, text):
     verdict = judge(ROW, estimate(values))
     assert (verdict.is_reproduced, verdict.text) == (expected, text)
+
+
+def test_how_a_number_is_written():
+    written = [write_number(estimate(v), digits=1) for v in ([], [1.0], [1.0, 2.0], [INF, 2.0])]
+    assert written == ["-", "1.0 (spread not known)", "1.5 ± 0.7", "not reached in every seed"]
 
 
 def test_without_a_comparable_reference_there_is_no_verdict():
