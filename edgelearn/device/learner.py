@@ -81,9 +81,6 @@ class Learner:
         spec: Epochs, batch size, optimizer.
         facts: What the strategy may know before data arrives.
         seed: The run's seed.
-
-    Raises:
-        ScenarioError: If the strategy trains by itself and is to take a number of steps.
     """
 
     model: FlatModel
