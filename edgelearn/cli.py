@@ -90,6 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write the report of a run again")
     report.add_argument("directory", help="run directory")
 
+    again = _command(
+        commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"
+    )
+    again.add_argument("table", nargs="?", help="name, module:TABLE or file.py:TABLE")
+    again.add_argument("--seeds", metavar="N", type=int, help="seeds 0..N-1 (default: the table's)")
+    again.add_argument("--jobs", metavar="N", type=int, default=1, help="processes (default: 1)")
+    again.add_argument("--only", metavar="TEXT", default="", help="only rows with this text")
+    again.add_argument(
+        "--quick", action="store_true", help="see that it runs, on little data; nothing is kept"
+    )
+    again.add_argument(
+        "--render", action="store_true", help="write the page from the results, run nothing"
+    )
+    again.add_argument("--out", metavar="DIR", help="folder of page and results (default: docs)")
+
     doctor = _command(commands, "doctor", _doctor, "say what this machine and installation can do")
     doctor.add_argument("scenario", nargs="?", help="measure with it (default: split-digits)")
     doctor.add_argument("--all", action="store_true", help="also tiers that take seconds to start")
@@ -291,7 +306,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     from edgelearn.api import with_client
     from edgelearn.fleet.simulate import simulate
-    from edgelearn.report.tables import Comparison
+    from edgelearn.report.comparison import Comparison
 
     scenario = _load(options)
     if options.seeds < 1:
@@ -326,6 +341,44 @@ def _compare(options: argparse.Namespace) -> int:
         from rich.console import Console
 
         Console().print(comparison.to_table())
+    return DONE
+
+
+# -- reproducing -----------------------------------------------------------------------------------
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    if options.table is None:
+        return _list_tables()
+    from edgelearn.reproduce.command import reproduce_table
+
+    for name, value in (("--seeds", options.seeds), ("--jobs", options.jobs)):
+        if value is not None and value < 1:
+            print(f"edgelearn reproduce: got {name} {value}; at least 1", file=sys.stderr)
+            return WRONG_USAGE
+    if options.quick and (options.render or options.out):
+        print("edgelearn reproduce: --quick keeps nothing; drop --render, --out", file=sys.stderr)
+        return WRONG_USAGE
+    is_done = reproduce_table(
+        options.table,
+        folder=Path(options.out) if options.out else None,
+        num_seeds=options.seeds,
+        num_jobs=options.jobs,
+        only=options.only,
+        is_quick=options.quick,
+        renders_only=options.render,
+    )
+    return DONE if is_done else FAILED
+
+
+def _list_tables() -> int:
+    from edgelearn import plugins
+    from edgelearn.reproduce.table import TABLES, find
+
+    for name in plugins.names(TABLES):
+        table = find(name)
+        cost = f"{len(table.rows)} rows, about {table.minutes:g} min a seed"
+        print(f"{name:<22} {table.title}\n{'':<22} {cost}, {table.num_seeds} seeds")
     return DONE
 
 

@@ -98,6 +98,10 @@ class Learner:
                 f"{self.spec.momentum:g}"
             )
             raise ScenarioError("client", [Fault("client", "optimizer", message)])
+        if self.spec.steps and self.strategy.overrides("fit"):
+            what = f"{self.spec.strategy!r} trains by itself"
+            fault = Fault("client", "steps", f"{what} and counts its own steps; leave it at 0")
+            raise ScenarioError("client", [fault])
         shared = self.strategy.shares(self.model, self.facts)
         if shared:
             shapes = {name: spec.shape for name, spec in shared.items()}

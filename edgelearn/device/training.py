@@ -9,6 +9,7 @@ gradient. A strategy that overrides `fit` has a way of its own.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,18 +98,24 @@ class Training:
 
         `after_step` may replace the memory, so the caller sends the current one back in `Step`.
         """
-        strategy, size = self.strategy, self.spec.batch_size
+        strategy = self.strategy
         extends = strategy.overrides("extend") or strategy.rehearsal() is not None
         generator = torch.Generator().manual_seed(seed) if extends else None
         step = Step(memory)
-        for epoch in range(self.spec.epochs):
-            order = torch.from_numpy(permutation(split(seed, epoch), len(samples)))
-            for batch in _batches(samples, order, size):
-                if generator is not None:
-                    step.batch = strategy.extend(batch, step.memory, generator)
-                else:
-                    step.batch = batch
-                yield step
+        for batch in self._present(samples, seed):
+            if generator is not None:
+                step.batch = strategy.extend(batch, step.memory, generator)
+            else:
+                step.batch = batch
+            yield step
+
+    def _present(self, samples: Samples, seed: int) -> Iterator[Batch]:
+        """Yield the device's own batches: of whole epochs, or as many as there are to be steps."""
+        spec = self.spec
+        epochs = itertools.count() if spec.steps else range(spec.epochs)
+        orders = (permutation(split(seed, epoch), len(samples)) for epoch in epochs)
+        batches = (_batches(samples, torch.from_numpy(o), spec.batch_size) for o in orders)
+        return itertools.islice(itertools.chain.from_iterable(batches), spec.steps or None)
 
     def _by_autograd(
         self, params: Tensor, memory: Memory, steps: Iterator[Step], seed: int, mu: float

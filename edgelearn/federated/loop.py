@@ -55,6 +55,10 @@ class FleetSide(Protocol):
     def clock_s(self) -> float:
         """Time now: virtual in simulation, wall time in deployment."""
 
+    @property
+    def energy_j(self) -> float | None:
+        """Modelled energy of all devices since `begin_round`; None where nobody models it."""
+
     def begin_round(self, server_round: int, *, min_devices: int) -> None:
         """Make ready for a round: wait until enough devices can be reached."""
 
@@ -154,6 +158,7 @@ class RoundLoop:
             "bytes_up": int(traffic.up.sum()) - up,
             "bytes_down": int(traffic.down.sum()) - down,
             "clock_s": self.fleet.clock_s,
+            "energy_j": self.fleet.energy_j,
             "wall_s": time.perf_counter() - started,
         }
         self.journal.append(line)

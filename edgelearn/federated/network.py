@@ -142,6 +142,11 @@ class NetworkFleet:
         """Wall time of the run, without pauses between a stop and its resumption."""
         return self._before_s + time.monotonic() - self._began
 
+    @property
+    def energy_j(self) -> None:
+        """Nobody models the energy of real devices."""
+        return None
+
     def roster(self) -> Mapping[int, int]:
         """Return node id -> device, for the nodes that can be reached now."""
         self._roster = self._reachable()

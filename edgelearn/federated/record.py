@@ -8,7 +8,8 @@ Lines, by their `kind`:
 - `devices`: at the end of an experience: each device's counts on each experience;
 - `end`: once, last: bytes by device, seconds.
 
-Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed.
+Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed. A
+round's `energy_j` is that of all devices, modelled; null where nobody models it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from numpy.typing import NDArray
 from edgelearn.continual.metrics import (
     ContinualScores,
     Matrix,
+    RoundScores,
     Spread,
+    area_under,
     forgetting,
+    intransigence,
+    round_scores,
     scores,
     spread,
     spread_of_costs,
@@ -36,6 +41,7 @@ from edgelearn.continual.metrics import (
 from edgelearn.errors import StateError
 
 Model = Literal["served", "float"]
+Cost = Literal["bytes", "energy", "time"]
 Line = dict[str, Any]
 
 
@@ -197,6 +203,72 @@ class RunRecord:
             return np.array([])
         line = self.device_rows[-1]
         return _ratio(np.array(line[model]).sum(1), np.array(line["count"]).sum(1))
+
+    def round_scores(self, model: Model = "served") -> RoundScores:
+        """Return what the accuracies after each round say; NaN where devices differ in order."""
+        lines = [line for line in self.rounds if line.get("accuracy") is not None]
+        if self.run["orders"] is not None or not lines:
+            return RoundScores(*[math.nan] * 3)
+        accuracies = np.array([self.accuracy(line, model) for line in lines])
+        return round_scores(accuracies, np.array([line["position"] for line in lines]))
+
+    def intransigence(self, joint: RunRecord, model: Model = "served") -> float:
+        """Return how much less was learned of each experience than in a joint run.
+
+        Args:
+            joint: A run of the same stream whose devices have all data up to each position.
+            model: Which model.
+
+        Raises:
+            StateError: If it is of another stream, or devices differ in their order.
+        """
+        for key in ("num_experiences", "classes", "orders", "num_devices"):
+            if joint.run[key] != self.run[key]:
+                raise StateError(
+                    f"the joint run has other {key}: {joint.run[key]!r}, not {self.run[key]!r}"
+                )
+        if self.run["orders"] is not None:
+            raise StateError("intransigence needs one order of experiences on all devices")
+        return intransigence(self.matrix(model), joint.matrix(model))
+
+    def seen_accuracy(self, line: Line, model: Model = "served") -> float:
+        """Return the mean accuracy on the experiences met so far, of a `start` or `round` line.
+
+        Before the first round that is the first experience. Where devices have different orders,
+        an experience counts once any device has met it.
+        """
+        met, orders = line.get("position", 0) + 1, self.run["orders"]
+        ids = range(met) if orders is None else {e for order in orders for e in order[:met]}
+        return _nanmean(self.accuracy(line, model)[sorted(ids)])
+
+    def spent(self, cost: Cost) -> NDArray[np.float64]:
+        """Return what had been spent by all devices after each round [N].
+
+        Args:
+            cost: "bytes" moved in rounds, both ways; "energy", modelled, in joules; "time", the
+                clock in seconds (virtual in simulation).
+
+        Returns:
+            NaN from where on it is not known.
+        """
+        if cost == "time":
+            return np.array([float(line["clock_s"]) for line in self.rounds])
+        if cost == "bytes":
+            each = [float(line["bytes_up"] + line["bytes_down"]) for line in self.rounds]
+        else:
+            known = [line.get("energy_j") for line in self.rounds]
+            each = [math.nan if joules is None else float(joules) for joules in known]
+        return np.cumsum(np.array(each, np.float64))
+
+    def area(self, cost: Cost, model: Model = "served", *, budget: float | None = None) -> float:
+        """Return the area under the accuracy on what was met so far, against what was spent.
+
+        It begins with the untrained model, at no cost; see `metrics.area_under`.
+        """
+        start = [line for line in self.lines if line["kind"] == "start"]
+        accuracy = [self.seen_accuracy(line, model) for line in (*start, *self.rounds)]
+        spent = np.concatenate([np.zeros(len(start)), self.spent(cost)])
+        return area_under(spent, np.array(accuracy), budget=budget)
 
 
 def _ratio(correct: NDArray[Any], count: NDArray[Any]) -> NDArray[np.float64]:

@@ -32,7 +32,12 @@ _UPDATES_BYTES = 2**28
 
 
 class CohortExecutor:
-    """Executes instructions on an engine, and books time and state to the devices."""
+    """Executes instructions on an engine, and books time, energy and state to the devices.
+
+    Attributes:
+        energy_j: Modelled energy booked so far; whoever reads it sets it back to 0. What failed
+            is not booked, since nobody knows how far it came.
+    """
 
     def __init__(
         self,
@@ -49,10 +54,13 @@ class CohortExecutor:
         self._flops_per_sample = flops_per_sample
         self._digest = world.scenario.digest
         self._serial = 0
+        self.energy_j = 0.0
         self._updates = torch.empty(0, 0)
         self._downlink_mbps = np.array([profile.downlink_mbps for profile in profiles])
         self._uplink_mbps = np.array([profile.uplink_mbps for profile in profiles])
         self._train_gflops = np.array([profile.train_gflops for profile in profiles])
+        self._power_w = np.array([profile.power_w for profile in profiles])
+        self._radio_j_per_mb = np.array([profile.radio_j_per_mb for profile in profiles])
 
     def __call__(self, instructions: Sequence[Message]) -> list[Delivery]:
         """Do what the instructions ask; one delivery for each, in their order."""
@@ -137,7 +145,7 @@ class CohortExecutor:
         self, asked: Asked, devices: Integers, errors: Mapping[int, str], num_samples: Integers
     ) -> tuple[Failures, float]:
         """Book virtual time; what takes longer than an instruction lives is too late."""
-        # As Profile.transfer_s and train_s have it, to the last bit.
+        # As Profile.transfer_s, train_s and energy_j have it, to the last bit.
         down_s = asked.bytes_down / self._downlink_mbps[devices]
         up_s = asked.bytes_up / self._uplink_mbps[devices]
         train_flops = 3 * self._flops_per_sample * num_samples
@@ -145,6 +153,10 @@ class CohortExecutor:
         latency_s = 8e-6 * (down_s + up_s) + train_s
         failures = {row: (Outcome.FAILED, reason) for row, reason in errors.items()}
         latency_s[list(failures)] = 0.0
+        radio_j = self._radio_j_per_mb[devices] * (asked.bytes_down + asked.bytes_up) / 1e6
+        energy_j = self._power_w[devices] * train_s + radio_j
+        energy_j[list(failures)] = 0.0
+        self.energy_j += float(energy_j.sum())
         for row in np.flatnonzero(latency_s > asked.ttl_s).tolist():
             failures[row] = (Outcome.LATE, too_late(latency_s[row], asked.ttl_s))
         return failures, min(float(latency_s.max(initial=0.0)), asked.ttl_s)
@@ -214,11 +226,11 @@ class CohortExecutor:
             arrays = wire.encode_params(self._layout, values)
         content = wire.reply_content(done.metrics, arrays)
         profile = self._profiles[job.device]
-        transfer_s = profile.transfer_s(
-            bytes_down=wire.num_bytes(message.content), bytes_up=wire.num_bytes(content)
-        )
+        down, up = wire.num_bytes(message.content), wire.num_bytes(content)
+        transfer_s = profile.transfer_s(bytes_down=down, bytes_up=up)
         # A training step costs about three forward passes.
         train_s = profile.train_s(3 * self._flops_per_sample * done.num_samples)
+        self.energy_j += profile.energy_j(train_s=train_s, num_bytes=down + up)
         return Delivery(content, transfer_s + train_s)
 
 

@@ -100,7 +100,8 @@ def _without_compiler(
         return "reference", 1, "1 worker asked for"
     spec = world.scenario
     mean_samples = len(world.train.y) / spec.fleet.num_devices / spec.stream.num_experiences
-    work = 3 * flops * mean_samples * spec.client.epochs * spec.fleet.cohort
+    passed = spec.client.steps * spec.client.batch_size or mean_samples * spec.client.epochs
+    work = 3 * flops * passed * spec.fleet.cohort
     if cores > 1 and work >= _WORTH_FLOPS:
         return "pool", cores, f"{work / 1e9:.3g} GFLOP a round is worth {cores} cores"
     return "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers"

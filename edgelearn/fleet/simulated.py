@@ -54,6 +54,11 @@ class SimulatedFleet:
         """Virtual time."""
         return self.grid.clock_s
 
+    @property
+    def energy_j(self) -> float:
+        """Modelled energy of all devices since the round began."""
+        return self._executor.energy_j
+
     def roster(self) -> Mapping[int, int]:
         """Return node id -> device, for the devices that can be reached now."""
         return {device + 1: device for device in self.grid.available}
@@ -64,6 +69,7 @@ class SimulatedFleet:
         Raises:
             RunError: If they stay too few.
         """
+        self._executor.energy_j = 0.0
         if self._is_always_there and min_devices <= len(self._availability):
             return
         for attempt in range(_MAX_WAITS):

@@ -48,6 +48,8 @@ def not_declared(learner: Learner) -> str | None:
         return f"{type(strategy).__name__} computes what it does instead of declaring it"
     if learner.spec.optimizer != "sgd":
         return f"the optimizer is {learner.spec.optimizer}"
+    if learner.spec.steps:
+        return f"a round has {learner.spec.steps} steps instead of whole epochs"
     return None
 
 

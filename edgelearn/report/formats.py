@@ -60,6 +60,19 @@ def size_unit(num_bytes: float) -> tuple[int, str]:
     return 1024**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
 
 
+def energy(joules: float) -> str:
+    """Return an energy.
+
+    Example:
+        >>> energy(0.0214), energy(812), energy(19_240)
+        ('0.0214 J', '812 J', '19.2 kJ')
+    """
+    if math.isnan(joules):
+        return UNKNOWN
+    power = next((p for p in range(3) if abs(joules) < 999.5 * 1000**p), 3)
+    return f"{joules / 1000**power:.3g} {('J', 'kJ', 'MJ', 'GJ')[power]}"
+
+
 def duration(seconds: float) -> str:
     """Return a duration.
 

@@ -76,12 +76,7 @@ def seen_average(
     Where devices have different orders, an experience counts once any device has met it.
     """
     lines = [line for line in record.rounds if line.get("accuracy") is not None]
-    orders = record.run["orders"]
-    means = []
-    for line in lines:
-        met = line["position"] + 1
-        ids = range(met) if orders is None else {e for order in orders for e in order[:met]}
-        means.append(_mean(record.accuracy(line, model)[sorted(ids)]))
+    means = [record.seen_accuracy(line, model) for line in lines]
     return np.array([line["round"] for line in lines], dtype=np.int64), np.array(means)
 
 

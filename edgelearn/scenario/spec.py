@@ -129,6 +129,7 @@ class ClientSpec:
     )
     args: Mapping[str, Any] = _table("arguments of the client strategy")
     epochs: int = _rule("passes over the device's data in a round", 1, minimum=1)
+    steps: int = _rule("steps in a round, whatever the epochs; 0: by epochs", 0, minimum=0)
     batch_size: int = _rule("samples per step", 10, minimum=1)
     optimizer: str = _rule("local optimizer", "sgd", choices=OPTIMIZERS)
     lr: float = _rule("local learning rate", above=0.0)

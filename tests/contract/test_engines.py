@@ -22,7 +22,7 @@ from edgelearn.continual.memory import Memory
 from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
 from edgelearn.device.learner import make_learner
 from edgelearn.device.vmapped import train_vmapped
-from edgelearn.fleet import batched, native, ray
+from edgelearn.fleet import batched, native, ray, together
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Engine, Job, Phase
 from edgelearn.fleet.native import NativeEngine
@@ -403,6 +403,17 @@ def test_a_tier_that_does_not_cover_a_scenario_says_why() -> None:
         assert reasons("mlp", option="adam") == ["the optimizer is adam"] * 2
     else:
         assert compiled == native.MISSING
+
+
+def test_a_number_of_steps_is_left_to_the_tiers_that_count_them() -> None:
+    world = world_of("mlp")
+    learner = make_learner(world)
+    spec = dataclasses.replace(learner.spec, steps=7)
+    learner = dataclasses.replace(learner, spec=spec)
+    assert together.not_declared(learner) == "a round has 7 steps instead of whole epochs"
+    assert batched.why_not(world, learner) == together.not_declared(learner)
+    if HAS_KERNELS:
+        assert native.why_not(world, learner) == together.not_declared(learner)
 
 
 @pytest.mark.parametrize(

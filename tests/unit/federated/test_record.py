@@ -241,3 +241,84 @@ def test_forgetting_by_device():
     assert shared.worst > shared.best
     own = record(*ROWS, orders=ORDERS).device_forgetting()
     assert own.best == pytest.approx(((0.1 - 0.9) + (0.6 - 0.4)) / 2)
+
+
+# -- over rounds and costs -------------------------------------------------------------------------
+
+
+def round_line(number, position, served, *, up=10, energy_j=0.5):
+    accuracy = served and {"served": served, "float": [2 * n for n in served], "count": [20] * T}
+    return {
+        "kind": "round",
+        "round": number,
+        "position": position,
+        "accuracy": accuracy,
+        "bytes_up": up,
+        "bytes_down": 30,
+        "energy_j": energy_j,
+        "clock_s": 4.0 * number,
+    }
+
+
+ROUNDS = (
+    round_line(1, 0, [8, 2, 0]),
+    round_line(2, 1, [2, 6, 0]),
+    round_line(3, 1, None),
+    round_line(4, 2, [4, 4, 10]),
+)
+
+
+def test_scores_over_rounds():
+    found = record(START, *ROUNDS).round_scores()
+    assert found.online_accuracy == pytest.approx((8 + 6 + 10) / 60)
+    assert found.min_accuracy == pytest.approx((2 + 4) / 40)
+    assert found.worst_case_accuracy == pytest.approx(0.5 / 3 + 2 / 3 * 0.15)
+    assert record(START, *ROUNDS).round_scores("float").min_accuracy == pytest.approx(0.3)
+
+
+def test_rounds_say_nothing_where_devices_differ_in_order():
+    orders = [[0, 1, 2], [2, 1, 0]]
+    assert math.isnan(record(START, *ROUNDS, orders=orders).round_scores().online_accuracy)
+    assert math.isnan(record(START).round_scores().online_accuracy)
+
+
+def test_what_was_spent():
+    found = record(START, *ROUNDS)
+    assert found.spent("bytes") == pytest.approx([40, 80, 120, 160])
+    assert found.spent("energy") == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert found.spent("time") == pytest.approx([4, 8, 12, 16])
+    assert len(record(START).spent("bytes")) == 0
+
+
+def test_energy_that_nobody_modelled():
+    old = {key: value for key, value in ROUNDS[1].items() if key != "energy_j"}
+    for line in (old, round_line(2, 1, [2, 6, 0], energy_j=None)):
+        found = record(START, ROUNDS[0], line)
+        assert found.spent("energy") == pytest.approx([0.5, nan], nan_ok=True)
+        assert math.isnan(found.area("energy"))
+        assert not math.isnan(found.area("bytes"))
+
+
+def test_area_begins_with_the_untrained_model():
+    # untrained on experience 0: 0.1; then 0.4, mean of 0.1 and 0.3, nothing, mean of all three
+    found = record(START, *ROUNDS)
+    area = (40 * (0.1 + 0.4) / 2 + 40 * (0.4 + 0.2) / 2 + 80 * (0.2 + 0.3) / 2) / 160
+    assert found.area("bytes") == pytest.approx(area)
+    assert found.area("time") == pytest.approx(area)  # in proportion here
+    assert found.area("bytes", budget=320) == pytest.approx((area + 0.3) / 2)
+
+
+def test_intransigence_against_a_joint_run():
+    line = {**run_line(), "classes": [[0], [1], [2]], "num_devices": 2}
+    own = RunRecord((line, START, *ROWS))
+    joint = RunRecord((line, START, devices(0, [[9, 0, 0]] * 2), devices(1, [[9, 9, 0]] * 2),
+                       devices(2, [[9, 9, 9]] * 2)))  # fmt: skip
+    assert own.intransigence(joint) == pytest.approx(
+        ((0.9 - 0.9) + (0.9 - 0.75) + (0.9 - 0.85)) / 3
+    )
+    other = RunRecord(({**line, "classes": [[1], [0], [2]]}, START))
+    with pytest.raises(StateError, match="other classes"):
+        own.intransigence(other)
+    line = {**line, "orders": [[0, 1, 2], [2, 1, 0]]}
+    with pytest.raises(StateError, match="one order"):
+        RunRecord((line, START, *ROWS)).intransigence(RunRecord((line, START, *ROWS)))
