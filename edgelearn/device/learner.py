@@ -52,8 +52,8 @@ class DeviceData(Protocol):
     def experience(self, position: int) -> Experience:
         """Return the experience at a position of its stream."""
 
-    def samples(self, position: int) -> Samples:
-        """Return its training samples of that experience."""
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
+        """Return its training samples at that position, or those that a round of it brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Learner:
             start = self._bind(params)
             memory = self.strategy.start(self.model, start, memory, data.experience(position))
             self._check(memory)
-        samples, entered = data.samples(position), params
+        samples, entered = data.samples(position, server_round=server_round), params
         if self.strategy.overrides("enter"):
             entered, memory = self.strategy.enter(self.model, params, memory)
             self._check(memory)

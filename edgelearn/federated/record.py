@@ -5,7 +5,8 @@ Lines, by their `kind`:
 - `run`: once, first: versions, seed, scenario digest, sizes, engine, orders of the devices;
 - `start`: once: accuracy of the untrained model;
 - `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock;
-- `devices`: at the end of an experience: each device's counts on each experience;
+- `devices`: at the end of an experience: each device's counts on each experience, and which
+  devices were offline;
 - `end`: once, last: bytes by device, seconds.
 
 Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed.

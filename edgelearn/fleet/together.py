@@ -88,6 +88,7 @@ def fit(
     if learner.strategy.overrides("start"):
         behind |= cohort.begun <= cohort.position
     rows = np.flatnonzero(~behind)
+    sizes = world.train_sizes(cohort.devices, cohort.position, server_round=cohort.server_round)
     if len(rows):
         whole = len(rows) == len(cohort)
         part = cohort if whole else cohort.of(rows)
@@ -103,13 +104,12 @@ def fit(
             updates[torch.from_numpy(rows)] = target
         well = np.array([row not in done.errors for row in rows.tolist()])
         kept = rows[well]
-        done.num_examples[kept] = world.train_sizes(part.devices, part.position)[well]
+        done.num_examples[kept] = sizes[rows][well]
         for name in ("loss", "num_steps", "num_samples", "norms"):
             getattr(done, name)[kept] = getattr(found, name)[well]
         done.progress[kept, 0] = cohort.position + 1
     if behind.any():
         late = np.flatnonzero(behind)
-        sizes = world.train_sizes(cohort.devices, cohort.position)
         for result in rest(cohort.jobs(late.tolist(), sizes), params, updates):
             done.take(result)
     return done
