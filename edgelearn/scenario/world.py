@@ -56,6 +56,11 @@ class World:
         """Experiences of each device in its order [D, T]; None if all share one."""
         return self.stream.orders(len(self.train_parts))
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether devices differ in what they have met at a time, by order or presence."""
+        return self.orders is not None or self.presence is not None
+
     @cached_property
     def first_met(self) -> NDArray[np.int64]:
         """Position at which device d first meets experience e [D, T]; -1 is never."""

@@ -124,9 +124,8 @@ def test_new_instances_are_equal_parts_with_all_classes(raw):
     sizes = np.array([world.train_sizes(EVERYONE, p) for p in range(T)])
     assert (np.ptp(sizes, axis=0) <= 1).all()
     for position in range(T):
-        seen = {
-            label for d in EVERYONE for label in world.train_samples(d, position).labels.tolist()
-        }
+        labels = torch.cat([world.train_samples(d, position).labels for d in EVERYONE])
+        seen = set(labels.tolist())
         assert seen == set(range(10)) == set(world.stream.experience(0, position).classes)
 
 
@@ -169,9 +168,9 @@ def test_neighbours_overlap_by_the_share(raw, share):
         assert set(found) <= {position - 1, position, position + 1}
         foreign = np.mean(found != position)
         assert foreign == pytest.approx(share, abs=0.08)
-    assert np.mean(homes(world, 0) != 0) == pytest.approx(
-        share / 2 / (1 - share / 2 + share / 2), abs=0.1
-    )
+    # At the ends half of it stays, and half as much comes.
+    assert np.mean(homes(world, 0) != 0) == pytest.approx(share / 2, abs=0.08)
+    assert np.mean(homes(world, T - 1) != T - 1) == pytest.approx(share / 2, abs=0.08)
 
 
 def test_blur_reaches_all_but_disjoint_classes_stay(raw):
@@ -222,9 +221,8 @@ def test_the_past_decays_and_the_future_grows_within_an_experience(raw):
             for k, quarter in enumerate(np.array_split(found, 4)):
                 past[k] += (quarter < position).sum()
                 future[k] += (quarter > position).sum()
-    assert past[0] > 2 * past[1] > 0
-    assert past[1] > past[2] > past[3]
-    assert future[3] > future[2] > future[1] > future[0]
+    assert past[0] > past[1] > past[2] > past[3] < past[0] / 3
+    assert future[3] > future[2] > future[1] > future[0] < future[3] / 3
 
 
 # -- drift -----------------------------------------------------------------------------------------
@@ -256,12 +254,10 @@ def test_gradual_drift_mixes_ever_more_of_the_next(raw):
     want = [0.0, np.mean(np.clip(np.linspace(1, 2, 99) / 2.5 - 0.5, 0, 1)), 0.5]
     want += [1 - want[1], 1.0]
     assert shares == pytest.approx(want, abs=0.03)
-    tests = [
-        np.mean(
-            np.concatenate([world.test_samples(d, e).ids // len(world.test.y) for d in EVERYONE])
-        )
-        for e in range(T)
-    ]
+    tests = []
+    for e in range(T):
+        ids = torch.cat([world.test_samples(d, e).ids for d in EVERYONE])
+        tests.append(float((ids // len(world.test.y)).float().mean()))
     assert tests == pytest.approx(want, abs=0.06)
     early, late = np.array_split(np.array(ids_of(world, 0, 2)) // len(world.train.y), 2)
     assert np.mean(early) < 0.5 < np.mean(late)  # within an experience, too
