@@ -140,7 +140,7 @@ class RoundLoop:
         self._num_updates += len(fitted.outcomes)
         params = fitted.params
         line: Line = {"kind": "round", "round": server_round, "position": position, **fitted.line}
-        if ends:
+        if ends and self.scenario.stream.boundaries == "told":
             line["problems"] += self.exchange.consolidate(server_round, position, params)
         accuracy: dict[str, list[int]] | None = None
         devices: Line | None = None

@@ -102,6 +102,7 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
         "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
         "orders": orders,
         "first_met": world.first_met.tolist() if world.is_uneven else None,
+        "changes": world.changes() if learner.detector is not None else None,
         "num_parameters": layout.size,
         "model_bytes": {
             "float": 4 * layout.size,

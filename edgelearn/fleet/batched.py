@@ -58,6 +58,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return f"fewer than {_FEWEST} networks of {layout.size:,} parameters fit into the cache"
     if any(isinstance(layer, _CONVOLUTIONS) for layer in learner.model.module.modules()):
         return "the network has convolutions, which are slower in a stack"
+    if learner.detector is not None:
+        return together.DETECTS
     obstacle = _not_written_out(world, learner)
     if obstacle is None or not tries_hooks:
         return obstacle

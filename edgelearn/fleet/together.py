@@ -19,6 +19,7 @@ from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Pha
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split_all
 
+DETECTS = "devices look for boundaries of experiences themselves"
 Run = Callable[[Sequence[Job], Tensor, Tensor], list[Done]]
 
 
@@ -44,6 +45,8 @@ Train = Callable[[CohortFit, Tensor, Tensor], Trained]
 def not_declared(learner: Learner) -> str | None:
     """Return why local training is not plain SGD with what a strategy declares; None if it is."""
     strategy = learner.strategy
+    if learner.detector is not None:
+        return DETECTS
     if not strategy.is_declared or strategy.overrides("upload"):
         return f"{type(strategy).__name__} computes what it does instead of declaring it"
     if learner.spec.optimizer != "sgd":

@@ -58,7 +58,7 @@ class Workbench:
         self._prepared: tuple[int, Prepared] | None = None
         layout = self._learner.model.layout
         self._schemas = {
-            Phase.FIT: egress.fit_schema(layout),
+            Phase.FIT: egress.fit_schema(layout, detects=self._learner.detector is not None),
             Phase.CONSOLIDATE: egress.consolidate_schema(),
             Phase.EVALUATE: egress.evaluate_schema(world.stream.num_experiences),
         }

@@ -22,6 +22,7 @@ from edgelearn.report import formats, results
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from edgelearn.continual.boundaries import Detections
     from edgelearn.continual.exposure import Exposure
     from edgelearn.federated.record import RunRecord
 
@@ -89,7 +90,21 @@ def _costs(record: RunRecord) -> str:
     )
     if known := record.exposure("served"):
         lines = (*lines, *_exposure(known))
+    if (found := record.detections()) is not None:
+        lines = (*lines, _detections(found))
     return "\n".join(" · ".join(line) for line in lines)
+
+
+def _detections(found: Detections) -> tuple[str, ...]:
+    """Return how well devices found boundaries that they were not told of."""
+    delay = formats.UNKNOWN
+    if found.num_found:
+        delay = f"{found.delay:.1f} rounds after ({found.delay_visits:.1f} of the device's own)"
+    return (
+        f"boundaries: {found.num_found:,} of {found.num_changes:,} found",
+        delay,
+        f"{found.num_false:,} false alarms in {found.num_visits:,} visits",
+    )
 
 
 def _exposure(known: Sequence[Exposure]) -> tuple[tuple[str, ...], ...]:

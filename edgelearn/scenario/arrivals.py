@@ -136,7 +136,7 @@ def first_met(
 
 
 def domain_of(stream: Stream, experience: Integers) -> Integers:
-    """Return the domain of each experience [n], where drift is not gradual."""
+    """Return the domain of each experience [n]; under gradual drift that of most samples."""
     if stream.spec.drift == "recurring":
         return experience % stream.num_domains
     return experience * stream.num_domains // stream.num_experiences

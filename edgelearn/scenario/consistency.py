@@ -26,6 +26,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
         yield from _order_faults(stream)
+        yield from _boundary_faults(stream)
         T = stream["num_experiences"]
         delay = _complete(LabelSpec, values.get("labels", {}))["delay"]
         if delay is not None and delay >= T:
@@ -38,6 +39,8 @@ def _complete(kind: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for spec in dataclasses.fields(kind):
         default = None if spec.default is dataclasses.MISSING else spec.default
+        if spec.default_factory is not dataclasses.MISSING:
+            default = spec.default_factory()
         out[spec.name] = table.get(spec.name, default)
     return out
 
@@ -107,6 +110,15 @@ def _arrival_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault("stream", "disjoint_share", message)
     if stream["online"] and stream["cumulative"]:
         message = "got true; what is seen once is not there later on (online is true too)"
+        yield Fault("stream", "cumulative", message)
+
+
+def _boundary_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
+    if stream["boundaries"] == "told":
+        if stream["detector_args"]:
+            yield Fault("stream", "detector_args", "boundaries are told; nothing is detected")
+    elif stream["cumulative"]:
+        message = "got true; samples that come again hide a change (boundaries are detected)"
         yield Fault("stream", "cumulative", message)
 
 

@@ -21,6 +21,8 @@ STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-i
 ORDERS = ("shared", "per-device", "staggered")
 TRANSFORMS = ("permute", "rotate", "relabel")
 DRIFTS = ("sudden", "gradual", "recurring")
+BOUNDARIES = ("told", "detected")
+DETECTORS = ("adwin", "page-hinkley")
 REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
@@ -140,6 +142,9 @@ class StreamSpec:
     )
     cumulative: bool = _rule("does each experience hold all earlier ones too?", default=False)
     online: bool = _rule("does each round bring its own part of an experience?", default=False)
+    boundaries: str = _rule("does a device know when data change?", "told", choices=BOUNDARIES)
+    detector: str = _rule("what it finds changes with, untold", "adwin", choices=DETECTORS)
+    detector_args: Mapping[str, Any] = _table("arguments of the detector")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

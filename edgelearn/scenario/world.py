@@ -72,6 +72,31 @@ class World:
             presence=self.presence,
         )
 
+    def changes(self) -> list[list[int]]:
+        """Return the positions at which what a device learns from changes, by device.
+
+        That is where the experience, or in domain-incremental streams the domain (under gradual
+        drift that of most samples), is not that of the last position at which it had samples.
+        """
+        count, T = len(self.train_parts), self.stream.num_experiences
+        everyone, places = np.arange(count), np.arange(T)
+        kinds = places
+        if self.stream.has_domains:
+            kinds = domain_of(self.stream, places)
+        elif not self.stream.splits_classes:
+            kinds = np.zeros(T, np.int64)
+        last = np.full(count, -1)
+        found: list[list[int]] = [[] for _ in range(count)]
+        for position in range(T):
+            told = max(position - self.stream.delay, 0)
+            met = np.full(count, told) if self.orders is None else self.orders[:, told]
+            has_samples = self.train_sizes(everyone, position) > 0
+            kind = np.where(has_samples, kinds[met], last)
+            for device in np.flatnonzero((kind != last) & (last >= 0)).tolist():
+                found[device].append(position)
+            last = kind
+        return found
+
     @cached_property
     def _arrivals(self) -> Arrivals:
         spec = self.scenario.labels
