@@ -32,6 +32,8 @@ DOMAINS = {"stream.kind": "domain-incremental"}
         ({"stream.online": True, "stream.cumulative": True}, "cumulative: got true"),
         ({"stream.max_shift": 1}, "max_shift: got 1; the order is 'shared'"),
         ({"stream.max_shift": 5, "stream.order": "staggered"}, "max_shift: got 5; at most 4"),
+        ({"stream.detector_args": {"x": 1}}, "detector_args: boundaries are told"),
+        ({"stream.boundaries": "detected", "stream.cumulative": True}, "come again"),
         ({"labels.delay": 5}, "delay: got 5; the stream has 5 positions"),
         ({"fleet.late_share": 0.5, "stream.num_experiences": 1}, "late_share: got 0.5; one"),
         ({"fleet.leaving_share": 0.5, "stream.num_experiences": 1}, "leaving_share: got 0.5; one"),
