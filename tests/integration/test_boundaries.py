@@ -12,6 +12,7 @@ from edgelearn.federated import egress
 from edgelearn.fleet.plan import make_plan
 from edgelearn.fleet.simulate import resume
 from edgelearn.fleet.workbench import SimulatedData
+from edgelearn.report.tables import summary_table
 from edgelearn.scenario.world import build
 
 STREAM = {"num_experiences": 3, "rounds_per_experience": 4, "boundaries": "detected"}
@@ -42,8 +43,12 @@ def test_sudden_changes_are_found_at_once(scenario, detector):
     assert found.delay <= 1
     assert found.num_visits == 48
     assert record.run["changes"] == [[1, 2]] * 4
+    caption = str(summary_table(record).caption)
+    assert "boundaries: 8 of 8 found" in caption
+    assert "0 false alarms in 48 visits" in caption
     told = edgelearn.simulate(scenario(stream={"boundaries": "told"}))
     assert told.detections() is None
+    assert "boundaries" not in str(summary_table(told).caption)
     assert all("alarms" not in line for line in told.rounds)
     # They consolidate a round later, on parameters that others have moved on; and yet remember.
     naive = edgelearn.simulate(scenario(client={"strategy": "naive", "args": {}, "epochs": 5}))

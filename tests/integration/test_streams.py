@@ -8,6 +8,7 @@ import pytest
 import edgelearn
 from edgelearn.fleet import native
 from edgelearn.fleet.simulate import resume
+from edgelearn.report.tables import summary_table
 from edgelearn.scenario.world import build
 
 DOMAINS = {"kind": "domain-incremental", "num_experiences": 3, "rounds_per_experience": 1}
@@ -86,6 +87,7 @@ def test_a_fleet_that_is_always_there_has_nobody_offline(small):
     assert [line["offline"] for line in record.device_rows] == [[], []]
     assert record.run["first_met"] is None
     assert record.exposure() == ()
+    assert "has met" not in str(summary_table(record).caption)
 
 
 def test_labels_that_come_late_leave_devices_idle_first(small):
@@ -121,3 +123,6 @@ def test_what_devices_know_of_what_others_have_met(small):
     # Nobody has seen more than a third of the classes, and the mean knows the rest.
     assert found[0].gain > 0.1
     assert record.run["first_met"][1] == [2, 0, 1]
+    caption = str(summary_table(record).caption)
+    assert f"devices {100 * found[-1].own:.1f}% on what each has met" in caption
+    assert "on what only others have met" in caption
