@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelearn.continual.strategy import make_strategy
+from edgelearn.device.drift import make_detector
 from edgelearn.device.profile import assign
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.federated.record import RunRecord
@@ -16,6 +17,7 @@ from edgelearn.fleet.simulate import simulate
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.load import load as load_file
+from edgelearn.scenario.presence import presence
 from edgelearn.scenario.spec import Scenario
 
 __all__ = ["compare", "load", "simulate"]
@@ -96,6 +98,8 @@ def check_plugins(scenario: Scenario) -> None:
         lambda: make_server_strategy(scenario),
         lambda: make_runtime(scenario.runtime.name, scenario.runtime.args),
         lambda: assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed),
+        lambda: make_detector(scenario.stream.detector, scenario.stream.detector_args),
+        lambda: presence(scenario.fleet, scenario.stream.num_experiences, scenario.seed),
     ):
         try:
             build()

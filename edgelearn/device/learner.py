@@ -6,12 +6,21 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgelearn.continual.local import Passage
-from edgelearn.continual.memory import Declaration, Memory, SampleSpec, check, passing
+from edgelearn.continual.memory import (
+    Declaration,
+    Memory,
+    SampleSpec,
+    TensorSpec,
+    check,
+    passing,
+)
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
+from edgelearn.device.drift import Detector, make_detector
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
 from edgelearn.params import FlatModel
@@ -20,6 +29,8 @@ from edgelearn.scenario.spec import ClientSpec
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split, torch_generator
+
+DETECTOR = "boundary-detector"  # name of its state in a device's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +41,8 @@ class DeviceState:
         memory: What the client strategy remembers.
         begun: Experiences that the device has begun; the current one has position begun - 1.
         consolidated: Experiences that it has consolidated, at most `begun` (a device that was away
-            consolidates what it missed without having begun it: then both move on together).
+            consolidates what it missed without having begun it: then both move on together). Where
+            it finds boundaries by itself, the position at which it found the last one.
     """
 
     memory: Memory
@@ -52,8 +64,8 @@ class DeviceData(Protocol):
     def experience(self, position: int) -> Experience:
         """Return the experience at a position of its stream."""
 
-    def samples(self, position: int) -> Samples:
-        """Return its training samples of that experience."""
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
+        """Return its training samples at that position, or those that a round of it brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,7 @@ class Learner:
         spec: Epochs, batch size, optimizer.
         facts: What the strategy may know before data arrives.
         seed: The run's seed.
+        detector: Finds the boundaries of experiences; None if devices are told of them.
     """
 
     model: FlatModel
@@ -88,6 +101,7 @@ class Learner:
     spec: ClientSpec
     facts: Facts
     seed: int
+    detector: Detector | None = None
     declaration: Declaration = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +121,8 @@ class Learner:
             shapes = {name: spec.shape for name, spec in shared.items()}
             object.__setattr__(self, "model", FlatModel(self.model.module, shapes))
         declaration = dict(self.strategy.declare(self.model, self.facts))
+        if self.detector is not None:
+            declaration[DETECTOR] = TensorSpec((self.detector.size,), torch.float64)
         object.__setattr__(self, "declaration", declaration)
 
     def initial_state(self, store: SampleStore | None = None) -> DeviceState:
@@ -148,13 +164,23 @@ class Learner:
                 f"device {data.device} has begun {state.begun} experiences but was asked for "
                 f"position {position}: its state belongs to another run"
             )
-        state = self.consolidate(state, params, data, upto=position)
+        samples, entered, num_alarms = data.samples(position, server_round=server_round), params, 0
+        if self.detector is None:
+            state = self.consolidate(state, params, data, upto=position)
+            begins, experience = state.begun <= position, data.experience(position)
+        else:
+            consolidated = state.consolidated
+            state, num_alarms = self._look_out(
+                self.detector, state, params, data, samples, position
+            )
+            begins = state.begun == 0 or state.consolidated > consolidated
+            at_hand = tuple(sorted(set(samples.labels.tolist())))
+            experience = Experience(position, position, at_hand)
         memory = state.memory
-        if state.begun <= position:
+        if begins:
             start = self._bind(params)
-            memory = self.strategy.start(self.model, start, memory, data.experience(position))
+            memory = self.strategy.start(self.model, start, memory, experience)
             self._check(memory)
-        samples, entered = data.samples(position), params
         if self.strategy.overrides("enter"):
             entered, memory = self.strategy.enter(self.model, params, memory)
             self._check(memory)
@@ -187,6 +213,8 @@ class Learner:
             memory = memory.replace(**forgotten)
         new = DeviceState(memory, position + 1, state.consolidated)
         metrics = {"num-examples": len(samples), "loss": loss, "num-steps": trained.num_steps}
+        if self.detector is not None:
+            metrics["num-alarms"] = num_alarms
         update = Update(self.model.layout.views(delta), metrics)
         if self.strategy.overrides("upload"):
             update = self._plain(self.strategy.upload(update, samples, memory))
@@ -218,6 +246,44 @@ class Learner:
             )
             self._check(memory)
         return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
+
+    def _look_out(
+        self,
+        detector: Detector,
+        state: DeviceState,
+        params: Tensor,
+        data: DeviceData,
+        samples: Samples,
+        position: int,
+    ) -> tuple[DeviceState, int]:
+        """Look for a change in the errors of the global model; consolidate what has ended with it.
+
+        The errors are those on the samples at hand before the device trains on them. What has come
+        since the last boundary, up to this position, is then one experience that has ended; it is
+        consolidated on the global parameters that the device gets now.
+
+        Returns:
+            The state, and how many alarms there were.
+        """
+        trained, errors = self._bind(params), np.empty(0)
+        if len(samples):
+            batch = samples.batch()
+            with torch.no_grad():
+                logits = self.model(trained, batch.x)
+            if batch.mask is not None:
+                logits = logits.masked_fill(~batch.mask, float("-inf"))
+            errors = (logits.argmax(1) != batch.y).numpy().astype(np.float64)
+        noticed, alarms = detector.update(state.memory[DETECTOR].numpy(), errors)
+        memory = state.memory.replace(**{DETECTOR: torch.from_numpy(noticed)})
+        since = state.consolidated
+        if not alarms or since >= position:
+            return replace(state, memory=memory), len(alarms)
+        ids = torch.cat([data.samples(p).ids for p in range(since, position)])
+        generator = torch_generator(self.seed, "finish", position - 1, data.device)
+        ended = Samples(samples.store, ids)
+        memory = self.strategy.finish(self.model, trained, ended, memory, generator)
+        self._check(memory)
+        return replace(state, memory=memory, consolidated=position), len(alarms)
 
     def served(
         self, state: DeviceState, params: Tensor, data: Samples, *, position: int, device: int
@@ -306,7 +372,10 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
 
 def make_learner(world: World) -> Learner:
     """Build the learner of a scenario: network, client strategy and what they may know."""
-    spec, fleet = world.scenario.client, world.scenario.fleet
+    spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
+    detector = None
+    if stream.boundaries == "detected":
+        detector = make_detector(stream.detector, stream.detector_args)
     return Learner(
         model=world.model(),
         strategy=make_strategy(spec.strategy, spec.args),
@@ -319,4 +388,5 @@ def make_learner(world: World) -> Learner:
             cohort=fleet.cohort,
         ),
         seed=world.scenario.seed,
+        detector=detector,
     )

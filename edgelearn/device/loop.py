@@ -33,7 +33,7 @@ class _Fed:
         classes = sorted(set(self.store.labels(self.ids).tolist()))
         return Experience(position, position, tuple(classes))
 
-    def samples(self, position: int) -> Samples:  # noqa: ARG002
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:  # noqa: ARG002
         return Samples(self.store, self.ids)
 
 

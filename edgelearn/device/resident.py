@@ -47,8 +47,8 @@ class OwnedData:
         """Return the experience at a position of its stream."""
         return self.world.stream.experience(self.device, position)
 
-    def samples(self, position: int) -> Samples:
-        """Return the training samples of that experience.
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
+        """Return the training samples at that position, or those that a round of it brings.
 
         Raises:
             StateError: If they are erased already.
@@ -57,7 +57,9 @@ class OwnedData:
             raise StateError(
                 f"device {self.device} no longer has the samples of position {position}"
             )
-        return Samples(self.store, self.ids[position])
+        ids = self.ids[position]
+        part, count = self.world.stream.part(server_round)
+        return Samples(self.store, ids[len(ids) * part // count : len(ids) * (part + 1) // count])
 
 
 class ResidentDevice:

@@ -8,7 +8,7 @@ the same admission, the same accounts, the same outcomes; parameters agree to ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -79,6 +79,7 @@ class CohortUpdates:
         loss: [K].
         norms: Euclidean norm of each update [K].
         failures: Row -> what became of it instead.
+        alarms: Row -> how often it noticed a change, where it did.
     """
 
     devices: Counts
@@ -87,6 +88,7 @@ class CohortUpdates:
     loss: NDArray[np.float64]
     norms: NDArray[np.float64]
     failures: Failures
+    alarms: Mapping[int, int] = field(default_factory=dict)
 
 
 class CohortFleet(Protocol):
@@ -125,7 +127,8 @@ class ByCohort:
         self._run, self._fleet = run, fleet
         self._is_plain = type(run.strategy) in _PLAIN
         self.traffic = Traffic(run.scenario.fleet.num_devices)
-        metrics = {name: kind() for name, kind in egress.FIT_METRICS.items()}
+        declared = egress.fit_metrics(detects=run.detects)
+        metrics = {name: kind() for name, kind in declared.items()}
         # On the wire a model travels tensor by tensor; here it is one array, which is quicker.
         arrays = wire.encode_params(run.layout, torch.zeros(run.layout.size))
         self._bytes_of_model = arrays.count_bytes()
@@ -150,11 +153,14 @@ class ByCohort:
         limit = run.norm_limit(params)
         outcomes: dict[int, Outcome] = {}
         problems: list[Line] = []
+        alarms: dict[int, int] = {}
         total, weighed, losses = torch.zeros_like(params), 0, 0.0
         for found in self._fleet.fit(asked):
             fates, failures = _admit(found, limit)
             problems += _problems(found.devices, failures)
             outcomes |= zip(found.devices.tolist(), fates, strict=True)
+            devices = found.devices.tolist()
+            alarms |= {devices[r]: n for r, n in found.alarms.items() if r not in failures}
             self._book(asked, found.devices, found.failures)
             weights = found.num_examples.astype(np.float64)
             weights[list(failures)] = 0
@@ -169,7 +175,7 @@ class ByCohort:
             else:
                 params = self._aggregate(asked, content, mean, weighed, loss or 0.0)
         exchange.refuse_failure(outcomes, problems, server_round)
-        return Fitted(params, outcomes, problems, loss)
+        return Fitted(params, outcomes, problems, loss, alarms if run.detects else None)
 
     def _aggregate(
         self, asked: Asked, content: RecordDict, mean: Tensor, num_examples: int, loss: float

@@ -19,9 +19,6 @@ from flwr.app import Error, Message, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
 from flwr.serverapp.strategy import Strategy  # isort: skip
 
-# A device's own guard has admitted its reply; the server takes nobody's word for it.
-_METRICS_OF_FIT = egress.Schema(scalars=egress.FIT_METRICS)
-
 
 class Reachable(Protocol):
     """What a fleet has to tell beyond Flower's Grid."""
@@ -39,6 +36,8 @@ class ByMessage:
 
     def __init__(self, run: Run, grid: Grid, fleet: Reachable) -> None:
         self._run, self._grid, self._fleet = run, grid, fleet
+        # A device's own guard has admitted its reply; the server takes nobody's word for it.
+        self._metrics_of_fit = egress.Schema(scalars=egress.fit_metrics(detects=run.detects))
         self.traffic = Traffic(run.scenario.fleet.num_devices)
 
     @property
@@ -59,6 +58,7 @@ class ByMessage:
         problems: list[Line] = []
         admitted: list[Message] = []
         losses: list[tuple[float, int]] = []
+        alarms: dict[int, int] = {}
         limit = run.norm_limit(params)
         for device, reply in self._exchange(instructions, roster):
             outcome, reason, ready = self._admit(reply, params, limit)
@@ -66,6 +66,8 @@ class ByMessage:
             if outcome in (Outcome.OK, Outcome.IDLE):
                 metrics = wire.metrics_of(ready)
                 losses.append((float(metrics["loss"]), int(metrics["num-examples"])))
+                if num_alarms := int(metrics.get("num-alarms", 0)):
+                    alarms[device] = num_alarms
             else:
                 problems.append(exchange.problem(device, outcome, reason))
             if outcome is not Outcome.IDLE:
@@ -78,7 +80,7 @@ class ByMessage:
         exchange.refuse_failure(outcomes, problems, server_round)
         total = sum(count for _, count in losses)
         loss = sum(value * count for value, count in losses) / total if total else None
-        return Fitted(params, outcomes, problems, loss)
+        return Fitted(params, outcomes, problems, loss, alarms if run.detects else None)
 
     def consolidate(self, server_round: int, position: int, params: Tensor) -> list[Line]:
         """Let every device that can be reached consolidate, on the final global parameters."""
@@ -121,7 +123,7 @@ class ByMessage:
             return Outcome.of_error(reply.error.code), reply.error.reason or "", reply
         layout = self._run.layout
         try:
-            _METRICS_OF_FIT.admit({}, wire.metrics_of(reply))
+            self._metrics_of_fit.admit({}, wire.metrics_of(reply))
             delta = wire.decode_params(layout, wire.arrays_of(reply))
         except EdgelearnError as error:
             return _reject(reply, str(error))

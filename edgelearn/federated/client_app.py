@@ -132,7 +132,7 @@ def _train(message: Message, context: Context) -> Message:
             server_round=task.server_round,
             proximal_mu=wire.number_in(task.config, "proximal-mu", 0.0),
         )
-        egress.fit_schema(task.layout).admit(update.arrays, update.metrics)
+        egress.fit_schema(task.layout, detects=task.detects).admit(update.arrays, update.metrics)
         values = task.layout.flatten(update.arrays)
         if task.config.get("edgelearn-wire") != "delta":
             values = task.params + values
@@ -188,6 +188,7 @@ class _Task:
         self.config: ConfigRecord = wire.config_of(message)
         wire.check_digest(self.config, self._digest, self._index)
         self.layout = self._learner.model.layout
+        self.detects = self._learner.detector is not None
         self.params = wire.decode_params(self.layout, wire.arrays_of(message))
         self.server_round = int(wire.number_in(self.config, "server-round", 1))
         default = self._world.stream.position(max(self.server_round, 1))

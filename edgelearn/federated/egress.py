@@ -69,11 +69,20 @@ FIT_METRICS: Mapping[str, type[int] | type[float]] = {
 }
 
 
-def fit_schema(layout: Layout) -> Schema:
+def fit_metrics(*, detects: bool) -> Mapping[str, type[int] | type[float]]:
+    """Return the metrics that a device sends after training.
+
+    Args:
+        detects: Whether devices look for boundaries of experiences themselves.
+    """
+    return {**FIT_METRICS, "num-alarms": int} if detects else FIT_METRICS
+
+
+def fit_schema(layout: Layout, *, detects: bool = False) -> Schema:
     """Return what a device sends after training."""
     return Schema(
         arrays=dict(zip(layout.names, layout.shapes, strict=True)),
-        scalars=FIT_METRICS,
+        scalars=fit_metrics(detects=detects),
     )
 
 

@@ -68,22 +68,28 @@ class Fitted:
         outcomes: What became of each device of the cohort, in its order.
         problems: Lines of the record: device, outcome, reason.
         loss: Mean of the devices' losses, weighted by their samples; None without any.
+        alarms: How often devices noticed a change; None if they are told.
     """
 
     params: Tensor
     outcomes: Mapping[int, Outcome]
     problems: list[Line]
     loss: float | None
+    alarms: Mapping[int, int] | None = None
 
     @property
     def line(self) -> Line:
         """What the record says of it."""
         counts = Counter(self.outcomes.values())
+        noticed = (
+            {} if self.alarms is None else {"alarms": [[d, n] for d, n in self.alarms.items()]}
+        )
         return {
             "cohort": list(self.outcomes),
             "outcomes": {outcome.value: counts.get(outcome, 0) for outcome in Outcome},
             "problems": list(self.problems),
             "loss": self.loss,
+            **noticed,
         }
 
 
@@ -180,6 +186,11 @@ class Run:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digest", self.scenario.digest)
+
+    @property
+    def detects(self) -> bool:
+        """Whether devices look for boundaries of experiences themselves."""
+        return self.scenario.stream.boundaries == "detected"
 
     def instruction(self, server_round: int, position: int) -> ConfigRecord:
         """Return the config of an instruction."""

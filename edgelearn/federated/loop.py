@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from edgelearn.federated.checkpoint import Checkpoint, as_tensors, with_prefix
-from edgelearn.federated.exchange import Exchange
+from edgelearn.federated.exchange import Evaluated, Exchange
 from edgelearn.federated.journal import Journal
 from edgelearn.federated.record import Line
 from edgelearn.federated.server import restore, snapshot
@@ -144,7 +144,7 @@ class RoundLoop:
         self._num_updates += len(fitted.outcomes)
         params = fitted.params
         line: Line = {"kind": "round", "round": server_round, "position": position, **fitted.line}
-        if ends:
+        if ends and self.scenario.stream.boundaries == "told":
             line["problems"] += self.exchange.consolidate(server_round, position, params)
         accuracy: dict[str, list[int]] | None = None
         devices: Line | None = None
@@ -152,7 +152,7 @@ class RoundLoop:
             found = self.exchange.evaluate(server_round, position, params)
             line["problems"] += found.problems
             accuracy = found.pooled
-            devices = found.line(server_round, position) if ends else None
+            devices = self._devices(found, server_round, position) if ends else None
         line |= {
             "accuracy": accuracy,
             "bytes_up": int(traffic.up.sum()) - up,
@@ -166,6 +166,15 @@ class RoundLoop:
             self.journal.append(devices)
         self._report(line)
         return params
+
+    def _devices(self, found: Evaluated, server_round: int, position: int) -> Line:
+        """Return the line of each device's counts; who could not be asked stands in it too."""
+        line = found.line(server_round, position)
+        if not self.scenario.evaluate.num_devices:
+            answered = {*line["devices"], *(problem["device"] for problem in found.problems)}
+            away = set(range(self.scenario.fleet.num_devices)) - answered
+            line["offline"] = sorted(away)
+        return line
 
     # -- state -------------------------------------------------------------------------------------
 

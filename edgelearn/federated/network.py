@@ -16,6 +16,7 @@ from torch import Tensor
 import edgelearn.federated._flwr_compat as compat
 from edgelearn.errors import RunError
 from edgelearn.federated import messages as wire
+from edgelearn.scenario.presence import presence
 from edgelearn.scenario.spec import Scenario
 
 from flwr.app import Message, RecordDict  # isort: skip
@@ -132,6 +133,8 @@ class NetworkFleet:
         self._known: dict[int, int] = {}
         self._greeted: dict[str, int] = {}
         self._roster: dict[int, int] = {}
+        self._presence = presence(scenario.fleet, scenario.stream.num_experiences, scenario.seed)
+        self._position = 0
         self._is_complete = False
         self._offers = 0
         self._offered_at = 0.0
@@ -149,20 +152,23 @@ class NetworkFleet:
 
     def roster(self) -> Mapping[int, int]:
         """Return node id -> device, for the nodes that can be reached now."""
-        self._roster = self._reachable()
+        self._roster = self._taking_part()
         self._offers = 0
         return self._roster
 
-    def begin_round(self, server_round: int, *, min_devices: int) -> None:  # noqa: ARG002
+    def begin_round(self, server_round: int, *, min_devices: int) -> None:
         """Wait until enough devices can be reached; at the beginning, until all can.
 
         Raises:
             RunError: If they don't come in time, or are not those of the scenario.
         """
         num_devices = self._scenario.fleet.num_devices
-        wanted = min_devices if self._is_complete else num_devices
+        self._position = max(server_round - 1, 0) // self._scenario.stream.rounds_per_experience
+        wanted, look = num_devices, self._reachable
+        if self._is_complete:
+            wanted, look = min_devices, self._taking_part
         until = time.monotonic() + self._wait_s
-        while len(found := self._reachable()) < wanted:
+        while len(found := look()) < wanted:
             if time.monotonic() >= until:
                 missing = sorted(set(range(num_devices)) - set(found.values()))
                 listed = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
@@ -198,9 +204,17 @@ class NetworkFleet:
                 f"be reached (the fleet has {self._scenario.fleet.num_devices})"
             )
         else:
-            self._roster.update(self._reachable())
+            self._roster.update(self._taking_part())
         self._offers += 1
         return sorted(self._roster, key=self._roster.__getitem__)
+
+    def _taking_part(self) -> dict[int, int]:
+        """Return what `_reachable` does, without devices that the scenario says are away."""
+        found = self._reachable()
+        if self._presence is None:
+            return found
+        there = self._presence.at(self._position)
+        return {node: device for node, device in found.items() if there[device]}
 
     def _reachable(self) -> dict[int, int]:
         """Return node id -> device of the nodes that are here, in the order of devices.

@@ -2,10 +2,13 @@
 
 Lines, by their `kind`:
 
-- `run`: once, first: versions, seed, scenario digest, sizes, engine, orders of the devices;
+- `run`: once, first: versions, seed, scenario digest, sizes, engine, orders of the devices, and
+  when each first meets each experience, where they differ in that;
 - `start`: once: accuracy of the untrained model;
-- `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock;
-- `devices`: at the end of an experience: each device's counts on each experience;
+- `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock; where devices look for
+  boundaries themselves, [device, alarms] of those that noticed one;
+- `devices`: at the end of an experience: each device's counts on each experience, and which
+  devices were offline;
 - `end`: once, last: bytes by device, seconds.
 
 Accuracies come as `correct` and `count` by experience id, so that every mean can be recomputed. A
@@ -25,6 +28,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelearn.continual.boundaries import Detections, detections
+from edgelearn.continual.exposure import Exposure, exposure, met
 from edgelearn.continual.metrics import (
     ContinualScores,
     Matrix,
@@ -187,6 +192,41 @@ class RunRecord:
             return ContinualScores(*[math.nan] * 6)
         means = [_nanmean(np.array(column)) for column in zip(*rows, strict=True)]
         return ContinualScores(*means)
+
+    def exposure(self, model: Model = "served") -> tuple[Exposure, ...]:
+        """Return, for each finished experience, what devices know of what they have met or not.
+
+        Empty where all devices meet the same at the same time.
+        """
+        if self.run.get("first_met") is None:
+            return ()
+        first_met = np.array(self.run["first_met"])
+        found = []
+        for line in self.device_rows:
+            seen = met(first_met, line["position"])
+            correct, count = np.array(line[model]), np.array(line["count"])
+            by_any: NDArray[np.bool_] = np.logical_or.reduce(seen, axis=0)
+            of_devices, untrained = seen[line["devices"]], self.baseline(model)
+            found.append(exposure(correct, count, of_devices, by_any, untrained))
+        return tuple(found)
+
+    def detections(self) -> Detections | None:
+        """Return how well devices found the boundaries of experiences; None if they were told."""
+        positions = self.run.get("changes")
+        if positions is None:
+            return None
+        length = self.run["rounds_per_experience"]
+        changes = [[1 + length * position for position in own] for own in positions]
+        visits: dict[int, list[int]] = {}
+        alarms: dict[int, dict[int, int]] = {}
+        for line in self.rounds:
+            failed = {problem["device"] for problem in line["problems"]}
+            for device in line["cohort"]:
+                if device not in failed:
+                    visits.setdefault(device, []).append(line["round"])
+            for device, number in line["alarms"]:
+                alarms.setdefault(device, {})[line["round"]] = number
+        return detections(visits, alarms, changes)
 
     def device_accuracy(self, model: Model = "served") -> Spread:
         """Return how the final accuracy on all experiences is spread over devices."""

@@ -87,9 +87,7 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
     runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
     learner.model.module.eval()
     prepared = runtime.prepare(learner.model, learner.model.initial())
-    orders = None
-    if scenario.stream.order != "shared":
-        orders = [list(stream.order(d)) for d in range(scenario.fleet.num_devices)]
+    orders = None if world.orders is None else world.orders.tolist()
     return {
         "kind": "run",
         "edgelearn": edgelearn.__version__,
@@ -103,6 +101,8 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
         "rounds_per_experience": scenario.stream.rounds_per_experience,
         "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
         "orders": orders,
+        "first_met": world.first_met.tolist() if world.is_uneven else None,
+        "changes": world.changes() if learner.detector is not None else None,
         "num_parameters": layout.num_network,
         "model_bytes": {
             "float": 4 * layout.num_network,

@@ -58,6 +58,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return f"fewer than {_FEWEST} networks of {layout.size:,} parameters fit into the cache"
     if any(isinstance(layer, _CONVOLUTIONS) for layer in learner.model.module.modules()):
         return "the network has convolutions, which are slower in a stack"
+    if learner.detector is not None:
+        return together.DETECTS
     obstacle = _not_written_out(world, learner)
     if obstacle is None or not tries_hooks:
         return obstacle
@@ -196,7 +198,10 @@ class BatchedEngine:
     def _fit_vmapped(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train stacks of devices with equally many samples, and devices without their like."""
         done = CohortDone.empty(cohort)
-        for rows in self._alike(self._world.train_sizes(cohort.devices, cohort.position)):
+        sizes = self._world.train_sizes(
+            cohort.devices, cohort.position, server_round=cohort.server_round
+        )
+        for rows in self._alike(sizes):
             part, out = cohort.of(rows), torch.empty(len(rows), updates.shape[1])
             done.put(rows.tolist(), self._fit_alike(part, params, out))
             updates[torch.from_numpy(rows)] = out
@@ -233,7 +238,9 @@ class BatchedEngine:
         learner, places = self._learner, (cohort.devices, cohort.read_slots)
         initial = learner.initial_state().memory
         memory = {name: self._gathered(name, *places, initial[name]) for name in initial}
-        ids, starts = self._world.train_ids(cohort.devices, cohort.position)
+        ids, starts = self._world.train_ids(
+            cohort.devices, cohort.position, server_round=cohort.server_round
+        )
         samples = [
             Samples(self._world.train, own)
             for own in torch.split(torch.from_numpy(ids), np.diff(starts).tolist())
@@ -258,7 +265,9 @@ class BatchedEngine:
     ) -> together.Trained:
         """Train all of a cohort, the largest devices first, stack by stack."""
         learner = self._learner
-        ids, starts = self._world.train_ids(cohort.devices, cohort.position)
+        ids, starts = self._world.train_ids(
+            cohort.devices, cohort.position, server_round=cohort.server_round
+        )
         seeds = together.seeds_of(learner.seed, cohort)
         strategy, places = learner.strategy, (cohort.devices, cohort.read_slots)
         everyone = Devices(ids, starts, seeds)

@@ -113,7 +113,7 @@ class CohortExecutor:
             self._keep_all(devices, done)
             failures, seconds = self._timed(asked, devices, done.errors, done.num_samples)
             sent = done.num_examples, done.loss, done.norms
-            yield CohortUpdates(devices, self._updates, *sent, failures), seconds
+            yield CohortUpdates(devices, self._updates, *sent, failures, done.alarms), seconds
 
     def _keep_all(self, devices: Integers, done: CohortDone) -> None:
         """Note the devices' new states, or that their old ones hold."""

@@ -160,6 +160,7 @@ class CohortDone:
         checksums: Row -> checksum of the new memory, where one was written.
         errors: Row -> why it failed.
         died: Rows whose process died.
+        alarms: Row -> how often the device noticed a change, where it did.
     """
 
     num_examples: Integers
@@ -171,6 +172,7 @@ class CohortDone:
     checksums: dict[int, int] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
     died: set[int] = field(default_factory=set)
+    alarms: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, cohort: CohortFit) -> CohortDone:
@@ -194,6 +196,8 @@ class CohortDone:
         self.num_steps[row] = done.metrics["num-steps"]
         self.num_samples[row] = done.num_samples
         self.norms[row] = done.norm
+        if num_alarms := int(done.metrics.get("num-alarms", 0)):
+            self.alarms[row] = num_alarms
         if done.progress is not None:
             self.progress[row] = done.progress
         if done.checksum is not None:
@@ -206,6 +210,7 @@ class CohortDone:
         self.checksums.update({rows[i]: checksum for i, checksum in part.checksums.items()})
         self.errors.update({rows[i]: reason for i, reason in part.errors.items()})
         self.died.update(rows[i] for i in part.died)
+        self.alarms.update({rows[i]: number for i, number in part.alarms.items()})
 
     def of(self, index: int, row: int) -> Done:
         """Return one device's result, as that of a job with a row of its own."""

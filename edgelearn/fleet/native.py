@@ -43,6 +43,8 @@ def why_not(world: World, learner: Learner) -> str | None:
     pull = learner.strategy.pull()
     if pull is not None and pull.is_explicit:
         return f"{type(learner.strategy).__name__} takes its penalty as a gradient"
+    if world.train.meanings is not None:
+        return "the meaning of labels changes between domains"
     try:
         _plan(Stack.of(learner.model, world.sample_shape))
     except NotAStackError as error:
@@ -108,7 +110,9 @@ class NativeEngine:
     def _train(self, cohort: CohortFit, params: Tensor, out: Tensor) -> together.Trained:
         """Train all of a cohort in one call."""
         spec = self._learner.spec
-        ids, starts = self._world.train_ids(cohort.devices, cohort.position)
+        ids, starts = self._world.train_ids(
+            cohort.devices, cohort.position, server_round=cohort.server_round
+        )
         seeds = together.seeds_of(self._learner.seed, cohort)
         loss, steps, passed = self._plan.fit(
             self._data,

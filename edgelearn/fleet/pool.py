@@ -98,7 +98,9 @@ class PoolEngine:
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort, the largest devices first."""
-        costs = self._world.train_sizes(cohort.devices, cohort.position)
+        costs = self._world.train_sizes(
+            cohort.devices, cohort.position, server_round=cohort.server_round
+        )
         return fit_by_jobs(self.run, cohort, costs, params, updates)
 
     def _run_wave(self, jobs: Sequence[Job], updates: Tensor) -> list[Done]:

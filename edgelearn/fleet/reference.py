@@ -92,7 +92,9 @@ class ReferenceEngine:
 
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort, one device after another."""
-        costs = self._world.train_sizes(cohort.devices, cohort.position)
+        costs = self._world.train_sizes(
+            cohort.devices, cohort.position, server_round=cohort.server_round
+        )
         return fit_by_jobs(self.run, cohort, costs, params, updates)
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:

@@ -42,8 +42,10 @@ class SimulatedFleet:
         flops_per_sample: float,
     ) -> None:
         self._scenario, self._store, self._engine = world.scenario, store, engine
+        self._stream, self._presence = world.stream, world.presence
         self._availability = np.array([profile.availability for profile in profiles])
-        self._is_always_there = bool((self._availability >= 1).all())
+        never_away = bool((self._availability >= 1).all())
+        self._is_always_there = never_away and self._presence is None
         self._executor = executor = CohortExecutor(
             world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
         )
@@ -72,16 +74,19 @@ class SimulatedFleet:
         self._executor.energy_j = 0.0
         if self._is_always_there and min_devices <= len(self._availability):
             return
+        chance = self._availability
+        if self._presence is not None:
+            chance = chance * self._presence.at(self._stream.position(max(server_round, 1)))
         for attempt in range(_MAX_WAITS):
             generator = numpy_generator(self._scenario.seed, "availability", server_round, attempt)
-            reachable = generator.random(len(self._availability)) < self._availability
+            reachable = generator.random(len(chance)) < chance
             if reachable.sum() >= min_devices:
                 self.grid.available = np.flatnonzero(reachable).tolist()
                 return
             self.grid.clock_s += _WAIT_S
         raise RunError(
             f"round {server_round}: {min_devices} devices are needed but only about "
-            f"{self._availability.sum():.0f} of {len(self._availability)} can be reached at a time"
+            f"{chance.sum():.0f} of {len(chance)} can be reached at a time"
         )
 
     def collect(self, grid: Grid, message_ids: Sequence[str]) -> Iterable[Message]:  # noqa: ARG002

@@ -19,6 +19,7 @@ from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Pha
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split_all
 
+DETECTS = "devices look for boundaries of experiences themselves"
 Run = Callable[[Sequence[Job], Tensor, Tensor], list[Done]]
 
 
@@ -44,6 +45,8 @@ Train = Callable[[CohortFit, Tensor, Tensor], Trained]
 def not_declared(learner: Learner) -> str | None:
     """Return why local training is not plain SGD with what a strategy declares; None if it is."""
     strategy = learner.strategy
+    if learner.detector is not None:
+        return DETECTS
     if not strategy.is_declared or strategy.overrides("upload"):
         return f"{type(strategy).__name__} computes what it does instead of declaring it"
     if learner.spec.optimizer != "sgd":
@@ -90,6 +93,7 @@ def fit(
     if learner.strategy.overrides("start"):
         behind |= cohort.begun <= cohort.position
     rows = np.flatnonzero(~behind)
+    sizes = world.train_sizes(cohort.devices, cohort.position, server_round=cohort.server_round)
     if len(rows):
         whole = len(rows) == len(cohort)
         part = cohort if whole else cohort.of(rows)
@@ -105,13 +109,12 @@ def fit(
             updates[torch.from_numpy(rows)] = target
         well = np.array([row not in done.errors for row in rows.tolist()])
         kept = rows[well]
-        done.num_examples[kept] = world.train_sizes(part.devices, part.position)[well]
+        done.num_examples[kept] = sizes[rows][well]
         for name in ("loss", "num_steps", "num_samples", "norms"):
             getattr(done, name)[kept] = getattr(found, name)[well]
         done.progress[kept, 0] = cohort.position + 1
     if behind.any():
         late = np.flatnonzero(behind)
-        sizes = world.train_sizes(cohort.devices, cohort.position)
         for result in rest(cohort.jobs(late.tolist(), sizes), params, updates):
             done.take(result)
     return done

@@ -37,9 +37,9 @@ class SimulatedData:
         """Return the experience at a position of its stream."""
         return self.world.stream.experience(self.device, position)
 
-    def samples(self, position: int) -> Samples:
-        """Return its training samples of that experience."""
-        return self.world.train_samples(self.device, position)
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
+        """Return its training samples at that position, or those that a round of it brings."""
+        return self.world.train_samples(self.device, position, server_round=server_round)
 
 
 class Workbench:
@@ -58,7 +58,7 @@ class Workbench:
         self._prepared: tuple[int, Prepared] | None = None
         layout = self._learner.model.layout
         self._schemas = {
-            Phase.FIT: egress.fit_schema(layout),
+            Phase.FIT: egress.fit_schema(layout, detects=self._learner.detector is not None),
             Phase.CONSOLIDATE: egress.consolidate_schema(),
             Phase.EVALUATE: egress.evaluate_schema(world.stream.num_experiences),
         }

@@ -8,10 +8,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from edgelearn.continual.exposure import mean_exposure
 from edgelearn.continual.metrics import spread
 from edgelearn.report import formats, results
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgelearn.continual.boundaries import Detections
+    from edgelearn.continual.exposure import Exposure
     from edgelearn.federated.record import RunRecord
 
 
@@ -59,7 +64,7 @@ def _costs(record: RunRecord) -> str:
         total = record.num_experiences * run["rounds_per_experience"]
         rounds = f"NOT COMPLETE: {len(record.rounds)} of {total} rounds"
     num_bytes = run["model_bytes"]
-    lines = (
+    lines: tuple[tuple[str, ...], ...] = (
         (
             f"worst-decile device {formats.percent(worst)}",
             f"AIA {formats.percent(served.average_incremental_accuracy)}",
@@ -76,4 +81,33 @@ def _costs(record: RunRecord) -> str:
             f"memory {formats.size(run['memory_bytes_per_device'])} per device",
         ),
     )
+    if known := record.exposure("served"):
+        lines = (*lines, *_exposure(known))
+    if (found := record.detections()) is not None:
+        lines = (*lines, _detections(found))
     return "\n".join(" · ".join(line) for line in lines)
+
+
+def _detections(found: Detections) -> tuple[str, ...]:
+    """Return how well devices found boundaries that they were not told of."""
+    delay = formats.UNKNOWN
+    if found.num_found:
+        delay = f"{found.delay:.1f} rounds after ({found.delay_visits:.1f} of the device's own)"
+    return (
+        f"boundaries: {found.num_found:,} of {found.num_changes:,} found",
+        delay,
+        f"{found.num_false:,} false alarms in {found.num_visits:,} visits",
+    )
+
+
+def _exposure(known: Sequence[Exposure]) -> tuple[tuple[str, ...], ...]:
+    """Return what devices know of what they have met or not, where they differ in that."""
+    mean = mean_exposure(known)
+    ever = f"{formats.percent(mean.others)} on what only others have met"
+    return (
+        (
+            f"devices {formats.percent(known[-1].own)} on what each has met",
+            f"{formats.percent(known[-1].fleet)} on what any has",
+        ),
+        (f"{ever}, {formats.points(mean.gain)} to the untrained model (mean over experiences)",),
+    )

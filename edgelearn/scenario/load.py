@@ -16,6 +16,7 @@ from typing import Any
 
 from edgelearn import plugins
 from edgelearn.errors import Fault, PluginError, ScenarioError, nearest
+from edgelearn.scenario import consistency
 from edgelearn.scenario.spec import Rule, Scenario
 
 _MISSING = dataclasses.MISSING
@@ -59,7 +60,7 @@ def from_dict(
     for name, value in overridden.items():
         faults += _override(tables, name, value)
     values = _values(Scenario, tables, "", faults)
-    faults += _cross_checks(values)
+    faults += consistency.faults(values)
     if faults:
         raise ScenarioError(source, _locate(faults, text, overridden))
     scenario: Scenario = _make(Scenario, values)
@@ -183,20 +184,6 @@ def _check_reference(value: str, group: str, fault: Any) -> Any:
         except PluginError as error:
             return fault(str(error))
     return value
-
-
-def _cross_checks(values: Mapping[str, Any]) -> Iterator[Fault]:
-    """Check what concerns several keys, as far as these are without a fault of their own."""
-    fleet = values.get("fleet", {})
-    num_devices = fleet.get("num_devices")
-    for table, key in (("fleet", "cohort"), ("evaluate", "num_devices")):
-        wanted = values.get(table, {}).get(key)
-        if wanted is not None and num_devices is not None and wanted > num_devices:
-            message = f"got {wanted}; at most {num_devices} is allowed, the size of the fleet"
-            yield Fault(table, key, message)
-    for name, share in (fleet.get("profiles") or {}).items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not share > 0:
-            yield Fault("fleet.profiles", name, f"got {share!r}; expected a share above 0")
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -164,11 +164,25 @@ class SharedSamples:
     """One data set for a whole simulated fleet; an id is domain * N + index."""
 
     def __init__(
-        self, x: Tensor, y: Tensor, encoding: Encoding, domains: Domains | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        encoding: Encoding,
+        domains: Domains | None = None,
+        meanings: Tensor | None = None,
     ) -> None:
+        """Take a data set.
+
+        Args:
+            x: Samples [N, ...], as they are stored.
+            y: Labels [N], int64.
+            encoding: How stored samples become inputs.
+            domains: What samples look like in each domain.
+            meanings: What a label is called in each domain [M, C], int64.
+        """
         self.x, self.y = x, y
         self.encoding = encoding
-        self.domains = domains
+        self.domains, self.meanings = domains, meanings
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -182,7 +196,11 @@ class SharedSamples:
 
     def labels(self, ids: Tensor) -> Tensor:
         """Return the labels [n], int64."""
-        return self.y[ids.to(torch.int64) % len(self.y)]
+        ids = ids.to(torch.int64)
+        labels = self.y[ids % len(self.y)]
+        if self.meanings is None:
+            return labels
+        return self.meanings[torch.div(ids, len(self.y), rounding_mode="floor"), labels]
 
     def stored(self, ids: Tensor) -> Tensor:
         """Return samples [n, ...] as a device stores them, before normalization."""

@@ -17,9 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 PARTITIONS = ("iid", "dirichlet", "shards", "user")
-STREAMS = ("class-incremental", "task-incremental", "domain-incremental")
-ORDERS = ("shared", "per-device")
-TRANSFORMS = ("permute", "rotate")
+STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-instances")
+ORDERS = ("shared", "per-device", "staggered")
+TRANSFORMS = ("permute", "rotate", "relabel")
+DRIFTS = ("sudden", "gradual", "recurring")
+BOUNDARIES = ("told", "detected")
+DETECTORS = ("adwin", "page-hinkley")
+REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
 FEDERATIONS = ("auto", "faithful", "fused")
@@ -97,6 +101,12 @@ class FleetSpec:
     deadline_s: float = _rule(
         "virtual seconds after which a reply is late; 0 is none", 0.0, minimum=0.0
     )
+    late_share: float = _rule(
+        "share of devices that join at a random later position", 0.0, minimum=0.0, maximum=1.0
+    )
+    leaving_share: float = _rule(
+        "share of devices that leave at a random position", 0.0, minimum=0.0, maximum=1.0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +126,39 @@ class StreamSpec:
     num_experiences: int = _rule("experiences in the stream", minimum=1, maximum=1000)
     rounds_per_experience: int = _rule("rounds that an experience lasts", minimum=1)
     order: str = _rule("the same order of experiences on all devices?", "shared", choices=ORDERS)
+    max_shift: int = _rule(
+        "staggered: most positions that a device is ahead of device 0; 0 is all", 0, minimum=0
+    )
     shuffle_classes: bool = _rule("assign classes to experiences at random", default=False)
     transform: str = _rule("what makes a domain", "permute", choices=TRANSFORMS)
+    num_domains: int = _rule("domains; 0 is one for each experience", 0, minimum=0)
+    drift: str = _rule("how one domain follows the other", "sudden", choices=DRIFTS)
+    blur: float = _rule(
+        "share of an experience's samples that arrive with others", 0.0, minimum=0.0, maximum=1.0
+    )
+    blur_reach: str = _rule("which others", "neighbours", choices=REACHES)
+    disjoint_share: float = _rule(
+        "share of the classes that do not blur", 0.0, minimum=0.0, maximum=1.0
+    )
+    cumulative: bool = _rule("does each experience hold all earlier ones too?", default=False)
+    online: bool = _rule("does each round bring its own part of an experience?", default=False)
+    boundaries: str = _rule("does a device know when data change?", "told", choices=BOUNDARIES)
+    detector: str = _rule("what it finds changes with, untold", "adwin", choices=DETECTORS)
+    detector_args: Mapping[str, Any] = _table("arguments of the detector")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSpec:
+    """`[labels]`: what devices are told of training samples; test labels are the true ones."""
+
+    noise: float = _rule(
+        "share of the labels that are another class", 0.0, minimum=0.0, maximum=1.0
+    )
+    missing: float = _rule("share of the samples without a label", 0.0, minimum=0.0, maximum=1.0)
+    per_class: int = _rule(
+        "most labelled samples of a class and experience on a device; 0 is all", 0, minimum=0
+    )
+    delay: int = _rule("positions by which labels come after their samples", 0, minimum=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +227,7 @@ class Scenario:
     fleet: FleetSpec
     partition: PartitionSpec = field(default_factory=PartitionSpec)
     stream: StreamSpec
+    labels: LabelSpec = field(default_factory=LabelSpec)
     client: ClientSpec
     server: ServerSpec = field(default_factory=ServerSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)

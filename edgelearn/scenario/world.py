@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from edgelearn import plugins
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
+from edgelearn.scenario.arrivals import Arrivals, arrivals, domain_of, drifted, first_met
 from edgelearn.scenario.datasets import Dataset, load_dataset
+from edgelearn.scenario.labels import labelled, told
 from edgelearn.scenario.partition import Indices, partition, partition_like
+from edgelearn.scenario.presence import Presence, presence
 from edgelearn.scenario.samples import Encoding, Samples, SharedSamples
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.stream import Stream
@@ -24,7 +27,19 @@ from edgelearn.seeds import derive, numpy_generator
 
 @dataclass(frozen=True)
 class World:
-    """What `build` makes of a scenario. Nothing in it changes during a run."""
+    """What `build` makes of a scenario. Nothing in it changes during a run.
+
+    Attributes:
+        scenario: What it was made of.
+        stream: Its stream.
+        train: Training samples of all devices, with the labels that devices are told.
+        test: Test samples of all devices, with the true labels.
+        train_parts: Indices of each device's training samples.
+        test_parts: The same of its test samples.
+        num_classes: Labels, C.
+        true_labels: Of the training samples [N]: they decide who has what and when.
+        presence: When each device is part of the fleet; None if all always are.
+    """
 
     scenario: Scenario
     stream: Stream
@@ -33,10 +48,67 @@ class World:
     train_parts: tuple[Indices, ...]
     test_parts: tuple[Indices, ...]
     num_classes: int
+    true_labels: NDArray[np.int64]
+    presence: Presence | None
 
     @cached_property
-    def _train_index(self) -> _Index:
-        return _Index.of(self.train_parts, self.train.y.numpy(), self.stream)
+    def orders(self) -> NDArray[np.int64] | None:
+        """Experiences of each device in its order [D, T]; None if all share one."""
+        return self.stream.orders(len(self.train_parts))
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether devices differ in what they have met at a time, by order or presence."""
+        return self.orders is not None or self.presence is not None
+
+    @cached_property
+    def first_met(self) -> NDArray[np.int64]:
+        """Position at which device d first meets experience e [D, T]; -1 is never."""
+        return first_met(
+            self.train_parts,
+            self.true_labels,
+            self.stream,
+            orders=self.orders,
+            presence=self.presence,
+        )
+
+    def changes(self) -> list[list[int]]:
+        """Return the positions at which what a device learns from changes, by device.
+
+        That is where the experience, or in domain-incremental streams the domain (under gradual
+        drift that of most samples), is not that of the last position at which it had samples.
+        """
+        count, T = len(self.train_parts), self.stream.num_experiences
+        everyone, places = np.arange(count), np.arange(T)
+        kinds = places
+        if self.stream.has_domains:
+            kinds = domain_of(self.stream, places)
+        elif not self.stream.splits_classes:
+            kinds = np.zeros(T, np.int64)
+        last = np.full(count, -1)
+        found: list[list[int]] = [[] for _ in range(count)]
+        for position in range(T):
+            told = max(position - self.stream.delay, 0)
+            met = np.full(count, told) if self.orders is None else self.orders[:, told]
+            has_samples = self.train_sizes(everyone, position) > 0
+            kind = np.where(has_samples, kinds[met], last)
+            for device in np.flatnonzero((kind != last) & (last >= 0)).tolist():
+                found[device].append(position)
+            last = kind
+        return found
+
+    @cached_property
+    def _arrivals(self) -> Arrivals:
+        spec = self.scenario.labels
+        return arrivals(
+            self.train_parts,
+            self.true_labels,
+            self.stream,
+            orders=self.orders,
+            told=self.train.y.numpy(),
+            has_label=labelled(len(self.true_labels), spec, self.scenario.seed),
+            per_class=spec.per_class,
+        )
 
     @cached_property
     def _test_index(self) -> _Index:
@@ -47,51 +119,92 @@ class World:
         """Shape of one sample."""
         return tuple(self.train.x.shape[1:])
 
-    def train_samples(self, device: int, position: int) -> Samples:
-        """Return the training samples that a device meets at a position of its stream."""
-        experience_id = self.stream.experience_id(device, position)
-        return Samples(self.train, self._train_index.ids(device, experience_id))
+    def train_samples(
+        self, device: int, position: int, *, server_round: int | None = None
+    ) -> Samples:
+        """Return the training samples that a device has at a position of its stream.
 
-    def train_sizes(self, devices: NDArray[np.int64], position: int) -> NDArray[np.int64]:
-        """Return how many training samples each device meets at a position of its stream."""
-        starts, ends = self._train_index.bounds(self._groups(devices, position))
+        Args:
+            device: Index in the fleet.
+            position: Where it is in its stream.
+            server_round: Where each round of an experience brings its own part, the round; None
+                asks for all of them.
+        """
+        ids, _ = self.train_ids(np.array([device]), position, server_round=server_round)
+        return Samples(self.train, torch.from_numpy(ids))
+
+    def train_sizes(
+        self, devices: NDArray[np.int64], position: int, *, server_round: int | None = None
+    ) -> NDArray[np.int64]:
+        """Return how many training samples each device has at a position of its stream."""
+        starts, ends, _ = self._bounds(devices, position, server_round)
         return ends - starts
 
     def train_ids(
-        self, devices: NDArray[np.int64], position: int
+        self, devices: NDArray[np.int64], position: int, *, server_round: int | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return what `train_samples` gives for many devices.
 
         Returns:
             All ids [n], and where each device's begin, with the end [K + 1].
         """
-        index, experiences = self._train_index, self._groups(devices, position)
-        starts, ends = index.bounds(experiences)
-        offsets = np.concatenate([[0], np.cumsum(ends - starts)])
-        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
-        ids = index.sorted_ids.numpy()[places]
-        if index.domain_size:
-            shift = (experiences[1] * index.domain_size).astype(np.int32)
-            ids = ids + np.repeat(shift, ends - starts)
+        starts, ends, last = self._bounds(devices, position, server_round)
+        sizes = ends - starts
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
+        ids = self._arrivals.ids[places]
+        if self._arrivals.num_positions == 1:  # the same samples, in the domain of the position
+            met = last if self.orders is None else self.orders[devices, np.maximum(last, 0)]
+            shift = domain_of(self.stream, met) * len(self.train.y)
+            ids = ids + np.repeat(shift.astype(np.int32), sizes)
         return ids, offsets
 
-    def _groups(
-        self, devices: NDArray[np.int64], position: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the devices and the experience that each meets at a position."""
-        if self.scenario.stream.order == "shared":
-            experience = self.stream.experience_id(0, position)
-            return devices, np.full(len(devices), experience, np.int64)
-        found = [self.stream.experience_id(int(device), position) for device in devices]
-        return devices, np.array(found, np.int64)
+    def _bounds(
+        self, devices: NDArray[np.int64], position: int, server_round: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return where devices' samples begin and end, and the position that they arrived at [K].
+
+        That is before the first where no labels have come yet, or where the device was away.
+        """
+        told = range(self.stream.num_experiences)[position] - self.stream.delay
+        last = np.full(len(devices), max(told, -1))
+        first = np.zeros(len(devices), np.int64) if self.stream.spec.cumulative else last
+        if (there := self.presence) is not None:
+            first = np.maximum(first, there.joins[devices])
+            last = np.where(there.at(position)[devices], last, -1)
+        starts, ends = self._arrivals.bounds(devices, np.maximum(first, 0), last)
+        part, count = self.stream.part(server_round)
+        if count > 1:
+            sizes = ends - starts
+            starts, ends = starts + sizes * part // count, starts + sizes * (part + 1) // count
+        return starts, ends, last
 
     def test_samples(self, device: int, experience_id: int) -> Samples:
         """Return a device's own test samples of an experience (by id, not position)."""
-        return Samples(self.test, self._test_index.ids(device, experience_id))
+        experience = range(self.stream.num_experiences)[experience_id]
+        if self.stream.splits_classes:
+            return Samples(self.test, self._test_index.ids(device, experience))
+        own, T = self.test_parts[device], self.stream.num_experiences
+        if not self.stream.has_domains:  # a device's classes follow each other: each part has all
+            return Samples(self.test, torch.from_numpy(own[experience::T].copy()))
+        ids = own + self._test_domains[experience][own] * len(self.test.y)
+        return Samples(self.test, torch.from_numpy(ids.astype(np.int32)))
+
+    @cached_property
+    def _test_domains(self) -> list[NDArray[np.int64]]:
+        """Domain of each test sample, by experience: the mixture that the experience has."""
+        stream, count = self.stream, len(self.test.y)
+        everyone = np.arange(count)
+        if stream.spec.drift != "gradual":
+            domains = domain_of(stream, np.arange(stream.num_experiences))
+            return [np.broadcast_to(domain, count) for domain in domains]
+        within = numpy_generator(stream.seed, "drift-test").random(count)
+        times = [experience + within for experience in range(stream.num_experiences)]
+        return [drifted(stream, time, everyone, count) for time in times]
 
     def num_test_samples(self, device: int) -> int:
         """Return how many test samples a device has, over all experiences."""
-        repeats = 1 if self.stream.splits_classes else self.stream.num_experiences
+        repeats = self.stream.num_experiences if self.stream.has_domains else 1
         return repeats * len(self.test_parts[device])
 
     def model(self) -> FlatModel:
@@ -115,49 +228,33 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """Sample ids sorted by device and experience, so that a device's experience is a slice.
+    """Test samples sorted by device and experience, where experiences differ by classes.
 
     Attributes:
         sorted_ids: Ids of the whole fleet [N], int32.
         starts: Where device d's experience e begins, at d * T + e [D * T + 1].
-        num_experiences: T; 1 if experiences are domains, which share their samples.
-        domain_size: Added to the ids once per domain; 0 if experiences differ by classes.
+        num_experiences: T.
     """
 
     sorted_ids: Tensor
     starts: NDArray[np.int64]
     num_experiences: int
-    domain_size: int
 
     @classmethod
     def of(cls, parts: Sequence[Indices], labels: NDArray[np.int64], stream: Stream) -> _Index:
         """Sort the indices of all devices."""
-        ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        ids = np.concatenate([*parts, np.empty(0, np.int32)]).astype(np.int32)
         owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        splits = stream.splits_classes
-        count = stream.num_experiences if splits else 1
-        keys = owners * count + (stream.experience_of_label()[labels[ids]] if splits else 0)
+        count = stream.num_experiences
+        keys = owners * count + stream.experience_of_label()[labels[ids]]
         order = np.argsort(keys, kind="stable")
         starts = np.searchsorted(keys[order], np.arange(len(parts) * count + 1))
-        size = 0 if splits else len(labels)
-        return cls(torch.from_numpy(ids[order].astype(np.int32)), starts, count, size)
-
-    def bounds(
-        self, groups: tuple[NDArray[np.int64], NDArray[np.int64]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return where the ids of devices' experiences begin and end; see `ids`."""
-        devices, experiences = groups
-        within = 0 if self.domain_size else experiences
-        group = devices * self.num_experiences + within
-        return self.starts[group], self.starts[group + 1]
+        return cls(torch.from_numpy(ids[order]), starts, count)
 
     def ids(self, device: int, experience_id: int) -> Tensor:
         """Return the sample ids of a device's experience."""
-        # Indexing the range refuses what would lead to the next device's samples.
-        within = 0 if self.domain_size else range(self.num_experiences)[experience_id]
-        group = device * self.num_experiences + within
-        ids = self.sorted_ids[self.starts[group] : self.starts[group + 1]]
-        return ids + experience_id * self.domain_size if self.domain_size else ids
+        group = device * self.num_experiences + experience_id
+        return self.sorted_ids[self.starts[group] : self.starts[group + 1]]
 
 
 def build(scenario: Scenario) -> World:
@@ -168,10 +265,11 @@ def build(scenario: Scenario) -> World:
         ScenarioError: If the data does not fit the scenario.
     """
     dataset = load_dataset(scenario.data)
-    stream = Stream(scenario.stream, dataset.num_classes, scenario.seed)
-    largest = max(len(dataset.y_train), len(dataset.y_test)) * stream.num_experiences
-    if not stream.splits_classes and largest > 2**31:  # sample ids are int32
-        message = f"got {stream.num_experiences}; samples x experiences must stay below 2**31"
+    labels = scenario.labels
+    stream = Stream(scenario.stream, dataset.num_classes, scenario.seed, labels.delay)
+    largest = max(len(dataset.y_train), len(dataset.y_test)) * stream.num_domains
+    if largest > 2**31:  # sample ids are int32
+        message = f"{stream.num_domains} domains; samples x domains must stay below 2**31"
         raise ScenarioError(scenario.name, [Fault("stream", "num_experiences", message)])
     train_parts = partition(
         scenario.partition,
@@ -182,19 +280,19 @@ def build(scenario: Scenario) -> World:
     )
     test_parts = _test_parts(scenario, dataset, train_parts)
     encoding = Encoding(dataset.scale, dataset.mean, dataset.std, stream.task_masks())
-    domains = stream.domains(dataset.sample_shape)
+    domains, meanings = stream.domains(dataset.sample_shape), stream.meanings()
+    y_told = torch.from_numpy(told(dataset.y_train, labels, stream))
+    y_test = torch.from_numpy(dataset.y_test)
     return World(
         scenario=scenario,
         stream=stream,
-        train=SharedSamples(
-            torch.from_numpy(dataset.x_train), torch.from_numpy(dataset.y_train), encoding, domains
-        ),
-        test=SharedSamples(
-            torch.from_numpy(dataset.x_test), torch.from_numpy(dataset.y_test), encoding, domains
-        ),
+        train=SharedSamples(torch.from_numpy(dataset.x_train), y_told, encoding, domains, meanings),
+        test=SharedSamples(torch.from_numpy(dataset.x_test), y_test, encoding, domains, meanings),
         train_parts=tuple(train_parts),
         test_parts=tuple(test_parts),
         num_classes=dataset.num_classes,
+        true_labels=dataset.y_train,
+        presence=presence(scenario.fleet, stream.num_experiences, scenario.seed),
     )
 
 

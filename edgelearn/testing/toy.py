@@ -99,7 +99,7 @@ class ToyDevice:
         """Return the experience at a position."""
         return Experience(position, position, (2 * position, 2 * position + 1))
 
-    def samples(self, position: int) -> Samples:
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:  # noqa: ARG002
         """Return the samples of that experience."""
         return Samples(self.store, self.ids[position])
 

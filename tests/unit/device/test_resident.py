@@ -17,6 +17,7 @@ from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import DivergenceError, StateError
 from edgelearn.fleet.workbench import SimulatedData
 from edgelearn.runtime.protocol import make_runtime
+from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.world import World, build
 
 CAPACITY = 5
@@ -103,6 +104,36 @@ def test_samples_are_held_until_they_are_consolidated(world: World, tmp_path: Pa
     bench.params = bench.params + bench.fit(1, 2)
     assert list(bench.stored().pending) == [1]
     assert bench.stored().samples.used.sum() == CAPACITY + bench.num_shown(1)
+
+
+OPTIONS = {
+    "online": {"stream.online": True, "stream.blur": 0.4},
+    "late labels": {"labels.delay": 1, "labels.noise": 0.3, "labels.missing": 0.2},
+    "relabel": {"stream.kind": "domain-incremental", "stream.transform": "relabel"},
+    "gradual": {"stream.kind": "domain-incremental", "stream.drift": "gradual"},
+    "cumulative": {"stream.cumulative": True},
+    "untold": {
+        "stream.boundaries": "detected",
+        "stream.detector": "page-hinkley",
+        "stream.detector_args": {"threshold": 3.0, "min_samples": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_stream_is_the_same_on_a_real_device(world: World, tmp_path: Path, name: str) -> None:
+    plain = world.scenario.as_dict()
+    bench = Bench(build(from_dict(plain, overrides=OPTIONS[name])), tmp_path)
+    for server_round in (1, 2, 3, 4, 8):
+        position = bench.world.stream.position(server_round)
+        bench.params = bench.params + 20 * bench.fit(position, server_round)
+        if server_round == 2 and name != "untold":
+            bench.consolidate(position)
+        bench.check_memory()
+    if name == "untold":
+        stored = bench.stored()
+        assert stored.state.consolidated > 0
+        assert set(stored.pending) == set(range(stored.state.consolidated, 4))
 
 
 def test_a_device_that_was_away_consolidates_what_it_missed(world: World, tmp_path: Path) -> None:

@@ -83,6 +83,24 @@ def test_devices_beyond_the_scenario_are_left_alone() -> None:
     assert dict(fleet.roster()) == {12: 0}
 
 
+def test_who_the_scenario_says_is_away_is_not_asked() -> None:
+    grid = Network({10 + device: says(device) for device in range(10)})
+    comers = scenario(10, cohort=4, late_share=0.5)
+    fleet = NetworkFleet(grid, comers, run="r", wait_s=0.3, round_timeout_s=0.2)
+    fleet.begin_round(0, min_devices=1)
+    rounds = comers.stream.rounds_per_experience
+    seen = []
+    for position in range(comers.stream.num_experiences):
+        fleet.begin_round(position * rounds + 1, min_devices=4)
+        roster = dict(fleet.roster())
+        assert list(fleet.grid.get_node_ids()) == list(roster)
+        seen.append(set(roster.values()))
+        fleet.begin_round((position + 1) * rounds, min_devices=4)
+        assert set(fleet.roster().values()) == seen[-1]
+    assert len(seen[0]) == 5
+    assert seen[0] < seen[-1] == set(range(10))
+
+
 def test_who_is_missing_is_said() -> None:
     fleet = fleet_of(Network({11: says(2), 12: says(0)}), 4)
     with pytest.raises(RunError, match=r"2 of 4 devices came within 0.3 s, 4 are needed; .*: 1, 3"):

@@ -376,6 +376,22 @@ OTHER = {  # another valid value for each key of a scenario
     "stream.order": "per-device",
     "stream.shuffle_classes": True,
     "stream.transform": "rotate",
+    "fleet.late_share": 0.1,
+    "fleet.leaving_share": 0.1,
+    "stream.max_shift": 2,
+    "stream.num_domains": 2,
+    "stream.drift": "gradual",
+    "stream.blur": 0.1,
+    "stream.blur_reach": "all",
+    "stream.disjoint_share": 0.5,
+    "stream.cumulative": True,
+    "stream.online": True,
+    "stream.boundaries": "detected",
+    "stream.detector": "page-hinkley",
+    "labels.noise": 0.1,
+    "labels.missing": 0.1,
+    "labels.per_class": 1,
+    "labels.delay": 1,
     "client.strategy": "ewc",
     "client.args": {"x": 1},
     "client.epochs": 2,
@@ -395,6 +411,16 @@ OTHER = {  # another valid value for each key of a scenario
 }
 
 
+DOMAINS = {"stream.kind": "domain-incremental"}
+NEEDS = {  # what else has to hold for another value of a key to be valid
+    "stream.max_shift": {"stream.order": "staggered"},
+    "stream.num_domains": DOMAINS,
+    "stream.drift": DOMAINS,
+    "stream.blur_reach": {"stream.blur": 0.1},
+    "stream.disjoint_share": {"stream.blur": 0.1},
+}
+
+
 def keys_of(plain, prefix=""):
     for key, value in plain.items():
         if isinstance(value, dict) and key not in ("args", "profiles"):
@@ -411,7 +437,12 @@ def test_every_value_changes_the_digest(raw):
     for key in machine:
         assert from_dict(raw, overrides={key: OTHER[key]}).digest == scenario.digest
     keys -= machine
-    digests = {from_dict(raw, overrides={key: OTHER[key]}).digest for key in keys}
+    digests = set()
+    for key in keys:
+        needed = NEEDS.get(key, {})
+        without, found = ({**needed, **more} for more in ({}, {key: OTHER[key]}))
+        digests.add(from_dict(raw, overrides=found).digest)
+        assert from_dict(raw, overrides=without).digest != from_dict(raw, overrides=found).digest
     assert len(digests | {scenario.digest}) == len(keys) + 1
 
 

@@ -162,7 +162,7 @@ def test_more_sample_ids_than_int32_holds(monkeypatch, raw):
         scale=1.0,
     )
     monkeypatch.setattr("edgelearn.scenario.world.load_dataset", lambda _spec: dataset)
-    with pytest.raises(ScenarioError, match=r"got 1000; samples x experiences .* below 2\*\*31"):
+    with pytest.raises(ScenarioError, match=r"1000 domains; samples x domains .* below 2\*\*31"):
         build(from_dict(raw))
 
 

@@ -1,0 +1,81 @@
+"""Options that contradict each other, or have no effect beside others, are faults at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgelearn.errors import ScenarioError
+from edgelearn.scenario.load import from_dict
+
+DOMAINS = {"stream.kind": "domain-incremental"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        ({"stream.num_domains": 2}, "num_domains: got 2; only a domain-incremental"),
+        ({"stream.drift": "gradual"}, "drift: got 'gradual'; only a domain-incremental"),
+        ({**DOMAINS, "stream.num_domains": 6}, "num_domains: got 6; at most 5"),
+        ({**DOMAINS, "stream.drift": "recurring"}, "num_domains: got 0; .* 2 to 4"),
+        ({**DOMAINS, "stream.drift": "recurring", "stream.num_domains": 5}, "got 5; .* 2 to 4"),
+        ({**DOMAINS, "stream.drift": "gradual", "stream.order": "per-device"}, "random order"),
+        ({**DOMAINS, "stream.drift": "gradual", "stream.blur": 0.1}, "blur: got 0.1; gradual"),
+        ({"stream.kind": "new-instances", "stream.blur": 0.1}, "blur: got 0.1; new instances"),
+        ({"stream.num_experiences": 1, "stream.blur": 0.1}, "blur: got 0.1; one experience"),
+        ({"stream.blur": 1.1}, "blur: got 1.1; at most 1"),
+        ({"stream.blur_reach": "all"}, "blur_reach: got 'all'; blur is 0"),
+        ({"stream.disjoint_share": 0.5}, "disjoint_share: got 0.5; blur is 0"),
+        (
+            {**DOMAINS, "stream.blur": 0.1, "stream.disjoint_share": 0.5},
+            "disjoint_share: got 0.5; every domain",
+        ),
+        ({"stream.online": True, "stream.cumulative": True}, "cumulative: got true"),
+        ({"stream.max_shift": 1}, "max_shift: got 1; the order is 'shared'"),
+        ({"stream.max_shift": 5, "stream.order": "staggered"}, "max_shift: got 5; at most 4"),
+        ({"stream.detector_args": {"x": 1}}, "detector_args: boundaries are told"),
+        ({"stream.boundaries": "detected", "stream.cumulative": True}, "come again"),
+        ({"labels.delay": 5}, "delay: got 5; the stream has 5 positions"),
+        ({"fleet.late_share": 0.5, "stream.num_experiences": 1}, "late_share: got 0.5; one"),
+        ({"fleet.leaving_share": 0.5, "stream.num_experiences": 1}, "leaving_share: got 0.5; one"),
+        (
+            {"fleet.late_share": 0.6, "fleet.leaving_share": 0.6, "stream.num_experiences": 2},
+            "leaving_share: got 0.6; with late_share",
+        ),
+    ],
+)
+def test_what_does_not_go_together(raw, overrides, fault):
+    with pytest.raises(ScenarioError, match=fault) as caught:
+        from_dict(raw, overrides=overrides)
+    assert len(caught.value.faults) == 1
+
+
+def test_all_faults_are_reported_at_once(raw):
+    overrides = {
+        "stream.num_domains": 2,
+        "stream.blur_reach": "all",
+        "stream.max_shift": 1,
+        "labels.delay": 9,
+        "labels.noise": 2,
+        "fleet.cohort": 99,
+    }
+    with pytest.raises(ScenarioError) as caught:
+        from_dict(raw, overrides=overrides)
+    found = {(fault.table, fault.key) for fault in caught.value.faults}
+    assert found == {tuple(key.split(".")) for key in overrides}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {**DOMAINS, "stream.num_domains": 5},
+        {**DOMAINS, "stream.num_domains": 1},
+        {**DOMAINS, "stream.num_domains": 4, "stream.drift": "recurring"},
+        {**DOMAINS, "stream.drift": "gradual", "stream.order": "staggered"},
+        {"stream.max_shift": 4, "stream.order": "staggered"},
+        {"stream.blur": 1.0, "stream.blur_reach": "all", "stream.disjoint_share": 1.0},
+        {"labels.delay": 4, "labels.noise": 1.0, "labels.missing": 1.0},
+        {"fleet.late_share": 0.5, "fleet.leaving_share": 0.5, "stream.num_experiences": 2},
+    ],
+)
+def test_what_is_just_allowed(raw, overrides):
+    from_dict(raw, overrides=overrides)
