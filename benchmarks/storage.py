@@ -1,4 +1,4 @@
-"""What cheap storage of Fisher, importance, anchor and teacher saves, and what it costs in accuracy.
+"""What cheap storage of Fisher, importance, anchor and teacher saves, and costs in accuracy.
 
 Runs the scenario permuted-digits (domain-incremental: 5 experiences, 20 devices) with each strategy
 that keeps vectors of the network's size, each kind of storage and some seeds, and prints what a
@@ -87,9 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
-    print(
-        "| strategy | storage | bytes stored | in a round | accuracy % | to float32 | each |"
-    )
+    print("| strategy | storage | bytes stored | in a round | accuracy % | to float32 | each |")
     print("|---|---|---|---|---|---|---|")
     full: Row | None = None
     for row in measure(num_seeds=asked.seeds):
