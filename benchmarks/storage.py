@@ -1,4 +1,4 @@
-"""What cheap storage of Fisher, importance, anchor and teacher saves, and what it costs.
+"""What cheap storage of Fisher, importance, anchor and teacher saves, and costs in accuracy.
 
 Runs the scenario permuted-digits (domain-incremental: 5 experiences, 20 devices) with each strategy
 that keeps vectors of the network's size, each kind of storage and some seeds, and prints what a

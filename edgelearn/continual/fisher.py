@@ -152,7 +152,5 @@ def _labelled(
             yield replace(batch, y=drawn)
             continue
         for label in range(chances.shape[1]):
-            chance = chances[:, label]
-            # What is impossible keeps its own label and has no weight, for 0 log 0 is NaN.
-            y = torch.where(chance > 0, label, batch.y)
-            yield replace(batch, y=y, weight=chance.sqrt())  # to be squared with the gradient
+            weight = chances[:, label].sqrt()  # it is squared with the gradient
+            yield replace(batch, y=torch.full_like(batch.y, label), weight=weight)

@@ -32,7 +32,7 @@ class MAS(ClientStrategy):
     take that of a batch's mean gradient have a smaller Omega.
 
     Reference: Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware Synapses: Learning
-    what (not) to forget", ECCV 2018, arXiv:1711.09601, equations 2 to 4, its "global" version. We
+    what (not) to forget", ECCV 2018, arXiv:1711.09601, section 4, its "global" version. We
     differ: the penalty is taken as a proximal step after the optimizer's (as `EWC` does), which
     can't diverge; "explicit" takes it as a gradient.
 

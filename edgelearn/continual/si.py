@@ -42,6 +42,7 @@ class SI(ClientStrategy):
     References: Zenke, Poole, Ganguli, "Continual Learning Through Synaptic Intelligence", ICML
     2017, arXiv:1703.04200, equations 3 to 5. We differ: the penalty is taken as a proximal step
     after the optimizer's (as `EWC` does), which can't diverge; "explicit" takes it as a gradient.
+    The defaults are those for permuted MNIST.
 
     Args:
         c: Strength of the penalty, at least 0.

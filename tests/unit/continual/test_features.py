@@ -5,10 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgelearn.continual.combined import Combined
 from edgelearn.continual.features import features, features_and_logits, last_linear
+from edgelearn.continual.memory import Memory
+from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.errors import StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.models import cnn, mlp
+from edgelearn.scenario.samples import Batch
 
 SHAPE = (1, 8, 8)
 
@@ -75,6 +79,25 @@ def test_features_are_differentiable_and_can_be_stacked():
     both, x = torch.stack([params.detach(), 2 * params.detach()]), torch.randn(3, *SHAPE)
     stacked = torch.func.vmap(lambda own: features(model, own, x))(both)
     torch.testing.assert_close(stacked[1], features(model, both[1], x))
+
+
+class OfFeatures(ClientStrategy):
+    """Adds the size of features to the loss."""
+
+    def loss(self, model, params, batch, memory):
+        penalty = features(model, params, batch.x).square().mean()
+        return super().loss(model, params, batch, memory) + penalty
+
+
+def test_a_part_of_combined_strategies_may_use_them():
+    model = FlatModel(network("mlp"))
+    batch = Batch(torch.randn(3, *SHAPE), torch.tensor([0, 1, 2]))
+    strategy = Combined({"one": OfFeatures(), "other": OfFeatures()})
+    params, memory = model.initial(), Memory({})
+    twice = strategy.loss(model, params, batch, memory)
+    plain = F.cross_entropy(model(params, batch.x), batch.y)
+    penalty = features(model, params, batch.x).square().mean()
+    torch.testing.assert_close(twice, plain + 2 * penalty)
 
 
 def test_nothing_stays_behind_in_the_network():
