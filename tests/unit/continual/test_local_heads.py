@@ -108,3 +108,16 @@ def test_they_join_others(name: str) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="head_steps is 0; at least 1"):
         FedRep(head_steps=0)
+
+
+def test_the_part_that_is_held_leaves_no_trace_in_the_optimizer() -> None:
+    # Momentum of a body's gradient from the head's steps would move it in its own first step.
+    strategy, model = FedRep(head_steps=1), toy_model()
+    memory = toy_learner(strategy).initial_state().memory
+    params, memory = strategy.enter(model, model.initial(), memory)
+    ones = torch.ones(BODY + HEAD)
+    first = strategy.adjust(ones, params, memory)
+    memory = strategy.after_step(params, params, first, memory)
+    then = strategy.adjust(ones, params, memory)
+    assert torch.equal(first, torch.cat([torch.zeros(BODY), torch.ones(HEAD)]))
+    assert torch.equal(then, 1 - first)
