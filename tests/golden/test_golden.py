@@ -114,7 +114,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "re-fed-balanced": {
         "client": {"strategy": "re-fed", "args": {"capacity": 20, "is_balanced": True}}
     },
-    "fot": {"client": {"strategy": "fot", "args": {"energy": 0.9, "min_samples": 4}}},
+    "fot": {
+        "client": {"strategy": "fot", "args": {"energy": 0.9, "min_samples": 4}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
     "fedssi": {
         "client": {"strategy": "fedssi", "args": {"strength": 10.0}},
         "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
