@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from edgelearn import plugins
-from edgelearn.errors import ExtraMissingError, Fault, ScenarioError, nearest
+from edgelearn.errors import ExtraMissingError, Fault, ScenarioError, StrategyError, nearest
 from edgelearn.scenario import avalanche_names
 from edgelearn.scenario.world import World
 
@@ -68,6 +68,7 @@ def library() -> SimpleNamespace:
             "supervised": "avalanche.training.supervised",
             "plugins": "avalanche.training.plugins",
             "core": "avalanche.core",
+            "models": "avalanche.models",
             "modules": "avalanche.models.dynamic_modules",
             "templates": "avalanche.training.templates.base",
         }
@@ -79,11 +80,12 @@ def offered() -> dict[str, type[Any]]:
     """Return the strategies and plug-ins that Avalanche exports, by name."""
     lib = library()
     wanted = (lib.templates.BaseTemplate, lib.core.BasePlugin)
+    bases = (*wanted, lib.core.SupervisedPlugin)
     return {
         name: value
         for module in (lib.supervised, lib.plugins)
         for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, wanted) and not name.startswith("_")
+        if isinstance(value, type) and issubclass(value, wanted) and value not in bases
     }
 
 
@@ -277,11 +279,18 @@ def task_masked(network: nn.Module, masks: Mapping[int, Tensor]) -> nn.Module:
 
 @cache
 def _task_masked_class() -> type[nn.Module]:
+    missing = object()
+
     def single(self: Any, x: Tensor, task_label: int) -> Tensor:
         logits: Tensor = self.network(x)
         return logits.masked_fill(~self.masks[task_label], MASKED)
 
-    def forward(self: Any, x: Tensor, task_labels: Any) -> Any:
+    def forward(self: Any, x: Tensor, task_labels: Any = missing) -> Any:
+        if task_labels is missing:
+            raise StrategyError(
+                "this strategy of Avalanche asks for logits without saying of which task: it can't "
+                "learn a task-incremental stream"
+            )
         if task_labels is None:
             return self.forward_all_tasks(x)
         if isinstance(task_labels, int):

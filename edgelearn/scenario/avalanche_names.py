@@ -13,6 +13,8 @@ from edgelearn.errors import nearest
 
 _RESETS = "its reset of the network is overwritten by the global parameters"
 _ENDLESS = "its endless loader begins anew in each round"
+_NO_TASKS = "not in task-incremental streams"
+_FEATURES = f"the network has to be an avalanche.models.BaseModel; {_NO_TASKS}"
 
 # Name -> what to know, if anything.
 WORKS: Mapping[str, str] = MappingProxyType(
@@ -22,7 +24,7 @@ WORKS: Mapping[str, str] = MappingProxyType(
         "CWRStar": "cwr_layer_name is that of the last layer, such as '3'; " + _RESETS,
         "CWRStarPlugin": _RESETS,
         "Cumulative": "state_kib has to hold all samples of the device, as float32",
-        "DER": _ENDLESS,
+        "DER": f"{_ENDLESS}; {_NO_TASKS}",
         "ER_ACE": _ENDLESS,
         "EWC": "its Fisher information is that of mean gradients of batches",
         "EWCPlugin": "its Fisher information is that of mean gradients of batches",
@@ -32,8 +34,8 @@ WORKS: Mapping[str, str] = MappingProxyType(
         "GDumbPlugin": "trains on its buffer alone; " + _RESETS,
         "GEM": "needs the package quadprog, which the extra installs",
         "GEMPlugin": "needs the package quadprog, which the extra installs",
-        "LFL": "the network needs a method get_features(x)",
-        "LFLPlugin": "the network needs a method get_features(x)",
+        "LFL": _FEATURES,
+        "LFLPlugin": _FEATURES,
         "LwF": "",
         "LwFPlugin": "",
         "MAS": "",
@@ -42,7 +44,7 @@ WORKS: Mapping[str, str] = MappingProxyType(
         "MIR": _ENDLESS,
         "MIRPlugin": _ENDLESS,
         "Naive": "",
-        "RARPlugin": "",
+        "RARPlugin": _NO_TASKS,
         "RWalkPlugin": "fewer than delta_t steps in an experience make it divide by zero",
         "Replay": "",
         "ReplayPlugin": "",
