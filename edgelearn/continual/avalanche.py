@@ -252,6 +252,7 @@ def experience(data: Any, index: int, seen: Sequence[int]) -> Any:
         seen: Classes of these.
     """
     made = library().benchmarks.DatasetExperience(dataset=data, current_experience=index)
+    made.origin_stream = SimpleNamespace(name="train", benchmark=None)  # some ask for its name
     _describe(made, seen)
     return made
 

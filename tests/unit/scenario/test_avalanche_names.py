@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +81,30 @@ def test_one_file_imports_it() -> None:
         )
     ]
     assert importing == ["continual/avalanche.py"]
+
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "avalanche.md"
+
+
+def tables() -> str:
+    """The two tables of the documentation."""
+    works = [f"| `{name}` | {note} |" for name, note in avalanche_names.WORKS.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in avalanche_names.FAILS.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    fails = [f"| {', '.join(names)} | {reason} |" for reason, names in reasons.items()]
+    head = ["| works | what to know |", "|---|---|"]
+    return "\n".join([*head, *works, "", "| does not work | why |", "|---|---|", *fails])
+
+
+def test_the_documentation_lists_what_works() -> None:
+    text = DOCUMENT.read_text()
+    marks = r"(<!-- tables.*?-->\n).*(\n?<!-- end of tables -->)"
+    if os.environ.get("EDGELEARN_REWRITE_GOLDEN"):
+        text = re.sub(
+            marks, lambda m: f"{m[1]}{tables()}\n<!-- end of tables -->", text, flags=re.S
+        )
+        DOCUMENT.write_text(text)
+    found = re.search(marks, text, flags=re.S)
+    assert found is not None
+    assert tables() in found[0]
