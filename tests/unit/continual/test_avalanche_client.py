@@ -25,9 +25,11 @@ import edgelearn
 from edgelearn.continual import avalanche
 from edgelearn.continual.avalanche_client import AvalancheStrategy, _State
 from edgelearn.continual.avalanche_session import Session, at_work
-from edgelearn.continual.memory import Memory
+from edgelearn.continual.combined import Combined
+from edgelearn.continual.local import Passage
+from edgelearn.continual.memory import Memory, TensorSpec
 from edgelearn.continual.naive import Naive
-from edgelearn.continual.strategy import Facts, make_strategy
+from edgelearn.continual.strategy import ClientStrategy, Facts, make_strategy
 from edgelearn.device.learner import DeviceState, Learner
 from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import ExtraMissingError, PluginError, ScenarioError, StrategyError
@@ -626,6 +628,66 @@ def test_naive_of_avalanche_equals_ours(case: str) -> None:
     (ours, our_loss), (theirs, their_loss) = results
     torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-6)
     assert their_loss == pytest.approx(our_loss, rel=1e-5)
+
+
+STATISTICS = """
+from avalanche.core import SupervisedPlugin
+
+class Statistics(SupervisedPlugin):
+    def __init__(self):
+        super().__init__()
+        self.begun, self.ended = [], []
+
+    def before_training_exp(self, strategy, **kwargs):
+        self.begun.append(strategy.model.layers[1].running_mean.clone())
+
+    def after_training_exp(self, strategy, **kwargs):
+        self.ended.append(strategy.model.layers[1].running_mean.clone())
+"""
+
+
+def test_statistics_beside_parameters_are_those_of_the_fleet(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(STATISTICS)
+    made = make_strategy(f"avalanche:{tmp_path}/own.py:Statistics", {})
+    torch.manual_seed(1)
+    learner, device = replace(toy_learner(made), model=FlatModel(WithNorm())), toy_devices()[0]
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    begun, ended = [], []
+    for position in (0, 1):
+        begun.append(params)
+        for server_round in (1, 2):
+            fit = learner.fit(state, params, device, position=position, server_round=server_round)
+            state, params = fit.state, moved(learner, params, fit.update.arrays)
+        params = params + 0.25  # what others have learned
+        state = learner.consolidate(state, params, device, upto=position + 1)
+        ended.append(params)
+    plugin = plugin_of(learner, state.memory, device, "Statistics")
+    for vectors, found in ((begun, plugin.begun), (ended, plugin.ended)):
+        means = [learner.model.layout.views(v)["layers.1.running_mean"] for v in vectors]
+        assert [torch.equal(a, b) for a, b in zip(means, found, strict=True)] == [True, True]
+
+
+class CountsBeside(ClientStrategy):
+    """Something else that travels beside the network."""
+
+    def shares(self, model: FlatModel, facts: Facts) -> dict[str, TensorSpec]:
+        return {"rounds": TensorSpec((1,))}
+
+    def leave(self, passage: Passage, memory: Memory) -> tuple[Tensor, Memory]:
+        local = passage.local.clone()
+        passage.model.layout.shared(local)["rounds"] += 1
+        return local, memory
+
+
+def test_what_other_strategies_share_passes_by() -> None:
+    made = Combined({"beside": CountsBeside(), "replay": strategy("Replay")})
+    learner, device = toy_learner(made), toy_devices()[0]
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    for position in (0, 1):
+        fit = learner.fit(state, params, device, position=position, server_round=1)
+        params = moved(learner, params, fit.update.arrays)
+        state = learner.consolidate(fit.state, params, device, upto=position + 1)
+    assert learner.model.layout.shared(params)["rounds"].tolist() == [2.0]
 
 
 def test_ours_equals_naive_of_avalanche_step_by_step_with_the_same_batches() -> None:
