@@ -22,6 +22,7 @@ CLIENT_STRATEGIES = "edgelearn.client_strategies"
 RUNTIMES = "edgelearn.runtimes"
 DATASETS = "edgelearn.datasets"
 MODELS = "edgelearn.models"
+AVALANCHE = "avalanche:"  # before the names of Avalanche's strategies and plug-ins
 SERVER_STRATEGIES = "flower"  # names are Flower's own; there are no entry points
 
 

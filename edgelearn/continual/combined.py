@@ -48,6 +48,8 @@ class Combined(ClientStrategy):
             _only_one(self, does, found := self._overriding(hook))
             rest = STEP_HOOKS if hook == "fit" else ("loss",)
             others = [n for n in parts if n not in found and any(map(parts[n].overrides, rest))]
+            if hook == "fit":  # what others declare concerns steps too
+                others += [n for n in parts if n not in found and _declares_steps(parts[n])]
             if found and others:
                 raise ValueError(f"{found[0]} {does}, so {others[0]} can't change the steps")
         self.needs_plain_sgd = any(part.needs_plain_sgd for part in parts.values())
@@ -246,6 +248,10 @@ def _replays(part: ClientStrategy) -> bool:
 
 def _replaces(part: ClientStrategy) -> bool:
     return part.replaces_loss and part.overrides("loss")
+
+
+def _declares_steps(part: ClientStrategy) -> bool:
+    return part.rehearsal() is not None or part.pull() is not None
 
 
 def _only_one(combined: Combined, does: str, found: list[str]) -> None:

@@ -383,6 +383,10 @@ def _combined(reference: str, names: list[str], arguments: Mapping[str, Any]) ->
 
 
 def _single(reference: str, arguments: Mapping[str, Any], table: str) -> ClientStrategy:
+    if reference.startswith(plugins.AVALANCHE):
+        from edgelearn.continual import avalanche_client  # it is a strategy itself
+
+        return avalanche_client.make(reference, arguments, table)
     found = plugins.resolve(reference, plugins.CLIENT_STRATEGIES)
     if not (isinstance(found, type) and issubclass(found, ClientStrategy)):
         message = f"{reference} is not a subclass of edgelearn.ClientStrategy"

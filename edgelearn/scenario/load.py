@@ -16,7 +16,7 @@ from typing import Any
 
 from edgelearn import plugins
 from edgelearn.errors import Fault, PluginError, ScenarioError, nearest
-from edgelearn.scenario import consistency
+from edgelearn.scenario import avalanche_names, consistency
 from edgelearn.scenario.spec import Rule, Scenario
 
 _MISSING = dataclasses.MISSING
@@ -177,13 +177,18 @@ def _check_reference(value: str, group: str, fault: Any) -> Any:
                 f"{', '.join(offered)}, module:Class or path/to/file.py:Class"
             )
         return value
+    prefix = ""
+    if value.startswith(plugins.AVALANCHE) and group == plugins.CLIENT_STRATEGIES:
+        prefix, value = plugins.AVALANCHE, value.removeprefix(plugins.AVALANCHE)
+        if (wrong := avalanche_names.fault(value)) is not None:
+            return fault(wrong)
     place = value.rpartition(":")[0]
     if place.endswith(".py"):
         try:
-            return f"{plugins.find_file(place)}:{value.rpartition(':')[2]}"
+            return f"{prefix}{plugins.find_file(place)}:{value.rpartition(':')[2]}"
         except PluginError as error:
             return fault(str(error))
-    return value
+    return f"{prefix}{value}"
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from edgelearn.plugins import AVALANCHE
+
 PARTITIONS = ("iid", "dirichlet", "shards", "user")
 STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-instances")
 ORDERS = ("shared", "per-device", "staggered")
@@ -274,7 +276,7 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(v) for v in value]
     if isinstance(value, str) and ".py:" in value:
-        place, _, name = value.rpartition(":")
+        place, _, name = value.removeprefix(AVALANCHE).rpartition(":")
         if Path(place).is_file():
             return f"{hashlib.blake2b(Path(place).read_bytes(), digest_size=8).hexdigest()}:{name}"
     return value

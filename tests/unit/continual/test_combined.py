@@ -151,6 +151,8 @@ def test_what_does_not_outlive_a_round_is_forgotten() -> None:
         ((Replay(), Replay()), "replays"),
         ((Margin(), Margin()), "replaces the loss"),
         ((Alone(), Shrink()), "can't change the steps"),
+        ((Alone(), Replay()), "can't change the steps"),
+        ((EWC(), Alone()), "can't change the steps"),
         ((Alone(), Alone()), "trains by itself"),
     ],
 )
