@@ -395,6 +395,7 @@ OTHER = {  # another valid value for each key of a scenario
     "client.strategy": "ewc",
     "client.args": {"x": 1},
     "client.epochs": 2,
+    "client.steps": 5,
     "client.batch_size": 11,
     "client.optimizer": "adam",
     "client.lr": 0.06,
