@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--client", metavar="A,B,...", required=True, help="client strategies")
     compare.add_argument("--seeds", metavar="N", type=int, default=1, help="runs per strategy")
     compare.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    compare.add_argument("--all", action="store_true", help="every metric, in tables by subject")
     compare.add_argument("--out", metavar="DIR", help="keep the run directories here")
     _scenario_options(compare)
 
@@ -340,7 +341,7 @@ def _compare(options: argparse.Namespace) -> int:
     else:
         from rich.console import Console
 
-        Console().print(comparison.to_table())
+        Console().print(comparison.to_table(everything=options.all))
     return DONE
 
 

@@ -266,10 +266,15 @@ class Comparison:
         """The strategies, in order."""
         return tuple(dict.fromkeys(row.strategy for row in self.rows if not row.versus))
 
-    def to_table(self) -> RenderableType:
-        """Return tables for the terminal: learning, devices, costs, and tests of ACC."""
+    def to_table(self, *, everything: bool = False) -> RenderableType:
+        """Return tables for the terminal, and tests of ACC.
+
+        Args:
+            everything: Learning, devices and costs in a table each, instead of a few of all.
+        """
         parts: list[RenderableType] = []
-        for block, note in _NOTES.items():
+        notes = _NOTES if everything else {_SUMMARY: _SUMMARY_NOTE}
+        for block, note in notes.items():
             parts += [self._block(block), Text(note + "\n", "dim")]
         tests = [row for row in self.rows if row.versus and row.metric == _TESTED_IN_TABLE]
         if any(row.n > 1 for row in tests):
@@ -278,7 +283,11 @@ class Comparison:
         return Group(*parts)
 
     def _block(self, block: str) -> Table:
-        metrics = [m for m in self.metrics if m.block == block and m.header]
+        metrics = [
+            m
+            for m in self.metrics
+            if m.header and (m.name in _IN_SUMMARY if block == _SUMMARY else m.block == block)
+        ]
         table = _table()
         table.add_column("strategy", overflow="fold", min_width=8)
         table.add_column("n", justify="right")
@@ -298,7 +307,7 @@ class Comparison:
         if tests:
             text += (
                 f" With n = {n} the exact p can't be below {2.0 ** (1 - n):.3g}."
-                " --format csv and json hold the tests of all metrics."
+                " --all shows more metrics, --format csv and json hold the tests of all."
             )
         return text
 
@@ -328,6 +337,21 @@ _NOTES = {
         "an axis that is as long as the costs of the run that spent most."
     ),
 }
+_SUMMARY = "summary"
+_SUMMARY_NOTE = (
+    "Of the served model, but float ACC, in %: average accuracy at the end (ACC), over all "
+    "experiences (AIA), of the worst tenth of devices; forgetting (F) in points."
+)
+_IN_SUMMARY = (
+    "average_accuracy_served",
+    "average_accuracy_float",
+    "average_incremental_accuracy",
+    "forgetting",
+    "worst_decile_accuracy",
+    "bytes_up",
+    "memory_bytes_per_device",
+    "energy_j",
+)
 _TEST_NOTE = "p is two-sided: Student's paired and the exact sign-flip test; Holm: all pairs."
 
 

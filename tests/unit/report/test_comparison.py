@@ -164,7 +164,7 @@ def test_json_holds_every_digit(comparison):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_comparison_fits_a_terminal(comparison, width):
-    text = printed(comparison.to_table(), width)
+    text = printed(comparison.to_table(everything=True), width)
     assert "…" not in text
     assert "[bold]" in text
     for part in ("memory", "1.5 KiB", "60.0", "1.4 KiB", "±1.2 KiB", "\N{MINUS SIGN}30.0"):
@@ -180,7 +180,7 @@ def test_the_table_shows_tests_only_where_there_are_some(make_record, comparison
     runs = {
         n: [shifted(make_record(seed=s), k * s) for s in range(3)] for n, k in (("a", 0), ("b", 1))
     }
-    text = printed(Comparison.of(runs).to_table(), 80)
+    text = printed(Comparison.of(runs).to_table(everything=True), 80)
     assert "a - b" in text
     assert "can't be below 0.25" in text
 
@@ -202,3 +202,12 @@ def test_what_cannot_be_compared(make_record):
         Comparison.of({"a": [make_record(), make_record(seed=8, rounds=4)]})
     with pytest.raises(StateError, match="seed 7 occurs twice"):
         Comparison.of({"a": [make_record(), make_record()]})
+
+
+def test_a_few_metrics_of_all_kinds_are_shown_unless_more_are_asked_for(comparison):
+    short = printed(comparison.to_table(), 80)
+    assert "worst" in short
+    assert "memory" in short
+    assert "Jain" not in short
+    assert all(len(line) <= 80 for line in short.splitlines())
+    assert "Jain" in printed(comparison.to_table(everything=True))
