@@ -319,6 +319,17 @@ class Learner:
         ids = torch.cat([samples.ids, *kept])
         return ids[ids != EMPTY]
 
+    def calibration_ids(self, state: DeviceState, samples: Samples, *, most: int) -> Tensor:
+        """Return the ids of the samples that a served model is calibrated on, at most so many.
+
+        They are spread over all that the device has at hand, so that the ranges hold for what it
+        remembers and not only for what it sees now.
+        """
+        held = self.held_ids(state, samples)
+        if len(held) <= most:
+            return held
+        return held[torch.arange(most) * len(held) // most]
+
     def _bind(self, params: Tensor) -> Tensor:
         """Make the model ready for a hook, whatever it did last; return the trained part [T].
 

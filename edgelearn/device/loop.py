@@ -120,8 +120,9 @@ class DeviceLoop:
         with torch.no_grad():
             if self._predictor is None:
                 state, samples = self._stored.state, self._fed().samples(0)
-                held = self._learner.held_ids(state, samples)
-                calibration = self._stored.samples.batch(held[: self._num_calibration]).x
+                most = self._num_calibration
+                ids = self._learner.calibration_ids(state, samples, most=most)
+                calibration = self._stored.samples.batch(ids).x
                 own = self._learner.served(
                     state, self._params, samples, position=self.position, device=0
                 )

@@ -136,12 +136,12 @@ class ResidentDevice:
         with _one_thread():
             data = self._reach(stored, position)
             samples = data.samples(position)
-            held = self._learner.held_ids(stored.state, samples)
+            most = self._world.scenario.runtime.num_calibration
+            ids = self._learner.calibration_ids(stored.state, samples, most=most)
             own = self._learner.served(
                 stored.state, params, samples, position=position, device=self._device
             )
-            spec = self._world.scenario.runtime
-            calibration = data.store.batch(held[: spec.num_calibration]).x
+            calibration = data.store.batch(ids).x
             model.module.eval()
             tests = [
                 self._world.test_samples(self._device, experience_id)

@@ -140,10 +140,11 @@ class Workbench:
     def _trial(self, job: Job, params: Tensor) -> Trial:
         data, state = SimulatedData(self._world, job.device), self._state(job)
         samples = data.samples(job.position)
-        held = self._learner.held_ids(state, samples)
+        most = self._world.scenario.runtime.num_calibration
+        calibration = self._learner.calibration_ids(state, samples, most=most)
         own = self._learner.served(state, params, samples, position=job.position, device=job.device)
         return Trial(
-            Samples(self._world.train, held[: self._world.scenario.runtime.num_calibration]),
+            Samples(self._world.train, calibration),
             [
                 self._world.test_samples(job.device, experience_id)
                 for experience_id in range(self._world.stream.num_experiences)

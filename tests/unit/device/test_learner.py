@@ -497,3 +497,14 @@ def test_held_ids_are_the_current_samples_and_the_kept_ones() -> None:
     held = learner.held_ids(state, device.samples(1))
     expected = torch.cat([device.ids[1], kept[kept >= 0]])
     assert torch.equal(held, expected)
+
+
+def test_calibration_is_spread_over_present_and_remembered_samples() -> None:
+    learner, store = toy_learner(Replay(capacity=8)), toy_samples()
+    buffer = torch.arange(40, 48, dtype=torch.int32)
+    memory = learner.initial_state(store).memory.replace(buffer=buffer)
+    state = DeviceState(memory, 1, 1)
+    present = Samples(store, torch.arange(24, dtype=torch.int32))
+    assert learner.calibration_ids(state, present, most=64).tolist() == [*range(24), *range(40, 48)]
+    some = learner.calibration_ids(state, present, most=8).tolist()
+    assert some == [0, 4, 8, 12, 16, 20, 40, 44]
