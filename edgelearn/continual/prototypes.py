@@ -136,6 +136,7 @@ def with_classifier(
       times what a weight and a feature can make: it loses to that class on every input, in float
       and in integers alike, for equal rows have equal codes. For features of usual size that is
       thousands to millions of steps of the quantized bias: neither nothing nor beyond 32 bits.
+      Steps are in proportion to a row's largest weight, so the row with the largest is taken.
 
     Args:
         model: The network.
@@ -150,7 +151,8 @@ def with_classifier(
     """
     head, known = last_linear(model), counts > 0
     weight, bias = weight - weight[known].mean(0), bias - bias[known].mean()
-    row, level = weight[known][0], bias[known][0]
+    widest = weight.abs().amax(1).masked_fill(~known, -1).argmax()
+    row, level = weight[widest], bias[widest]
     largest, feature = row.abs().max(), means.abs().max().clamp(min=_SMALLEST)
     below = _BELOW * feature * torch.where(largest > 0, largest, torch.ones_like(largest))
     out = params.clone()

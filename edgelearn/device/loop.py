@@ -135,6 +135,8 @@ class DeviceLoop:
         ids = self._stored.samples.add(x, labels)
         pending = torch.cat([self._fed().ids, ids])
         self._commit(replace(self._stored, pending={self.position: pending}))
+        if self._learner.strategy.overrides("serve"):  # the answer may depend on these samples
+            self._predictor = None
 
     def learn(self) -> float:
         """Train on the feedback of this experience; return the mean loss, 0 without feedback.

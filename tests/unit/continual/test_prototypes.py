@@ -245,6 +245,20 @@ def test_unseen_classes_never_win(strategy, labels, scale):
     assert torch.isfinite(params).all()
 
 
+def test_a_class_with_a_small_row_and_a_large_bias_is_no_model_for_others():
+    model = network()
+    counts = torch.tensor([0, 1, 1, 1, 0])
+    weight = torch.zeros(CLASSES, SIZE).double()
+    weight[1, 0], weight[2, 0], weight[3, 0] = 1e-6, 1e6, -1e6
+    bias = torch.tensor([0.0, 2e8, -1e8, -1e8, 0.0]).double()
+    means = torch.full((CLASSES, SIZE), 100.0)
+    params = prototypes.with_classifier(model, model.initial(), weight, bias, means, counts)
+    head, z = last_linear(model), torch.rand(200, SIZE) * 100
+    layer = FlatModel(nn.Linear(SIZE, CLASSES))
+    predictor = Int8Runtime().prepare(layer, params[head.weight.start :]).calibrated(z)
+    assert set(predictor(z).argmax(1).tolist()) <= {1, 2, 3}
+
+
 def test_the_quantized_bias_of_an_unseen_class_fits_32_bits():
     model = network()
     strategy = SLDA(frozen_after=0)

@@ -67,6 +67,7 @@ def test_the_base_class_changes_nothing():
     assert strategy.start(model, vector, memory, None) is memory
     assert strategy.rehearsal() is strategy.pull() is None
     assert strategy.is_declared
+    assert strategy.is_frozen(memory) is False
     assert strategy.extend(batch, memory, generator) is batch
     assert strategy.adjust(vector, vector, memory) is vector
     assert strategy.proximal(vector, memory, lr=0.1) is vector

@@ -19,9 +19,10 @@ from edgelearn.continual.strategy import ClientStrategy, Update
 from edgelearn.device.learner import DeviceState, Learner, steps_seed
 from edgelearn.errors import DivergenceError, StateError, StrategyError
 from edgelearn.params import FlatModel
+from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.seeds import permutation, split
-from edgelearn.testing.toy import ToyDevice, toy_devices, toy_facts, toy_learner
+from edgelearn.testing.toy import ToyDevice, toy_devices, toy_facts, toy_learner, toy_samples
 
 ROUND = 3
 

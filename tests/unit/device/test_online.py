@@ -12,7 +12,10 @@ from edgelearn.continual.combined import Combined
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.strategy import ClientStrategy
-from edgelearn.device.learner import steps_seed
+from edgelearn.device.learner import make_learner, steps_seed
+from edgelearn.device.loop import DeviceLoop
+from edgelearn.runtime.int8 import Int8Runtime
+from edgelearn.scenario.world import build
 from edgelearn.seeds import permutation, split
 from edgelearn.testing.toy import toy_devices, toy_learner, toy_model, toy_scenario
 
@@ -91,3 +94,24 @@ def test_engines_agree(engine):
         return [line["loss"] for line in edgelearn.simulate(scenario, engine=engine).rounds]
 
     assert losses(engine) == pytest.approx(losses("reference"), rel=1e-5)
+
+
+def test_a_device_answers_with_a_class_as_soon_as_it_was_told(tmp_path):
+    world = build(toy_scenario(client={"strategy": "slda", "args": {"frozen_after": 0}}))
+    device = DeviceLoop(
+        make_learner(world),
+        Int8Runtime(),
+        tmp_path,
+        encoding=world.train.encoding,
+        sample_shape=world.sample_shape,
+    )
+    x, y = world.train.x, world.train.y
+    seen: set[int] = set()
+    for label in (2, 0, 3):
+        rows = (y == label).nonzero().flatten()[:12]
+        device.feedback(x[rows], y[rows])  # not a step was taken
+        seen.add(label)
+        told = torch.isin(y, torch.tensor(sorted(seen)))
+        answers = device.infer(x[told])
+        assert set(answers.tolist()) == seen
+        assert (answers == y[told]).float().mean() > 0.8
