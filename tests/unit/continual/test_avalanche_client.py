@@ -66,14 +66,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "DER": {"mem_size": 8, "batch_size_mem": 2},
     "ER_ACE": {"mem_size": 8, "batch_size_mem": 2},
     "EWC": {"ewc_lambda": 1.0},
-    "EWCPlugin": {"ewc_lambda": 1.0, "mode": "online", "decay_factor": 0.9},
+    "EWCPlugin": {"ewc_lambda": 1.0},
     "GDumb": {"mem_size": 8},
     "GDumbPlugin": {"mem_size": 8},
-    "GEM": {"patterns_per_exp": 4},
+    "GEM": {"patterns_per_exp": 4, "memory_strength": 0.5},
     "GEMPlugin": {"patterns_per_experience": 4, "memory_strength": 0.5},
     "LFL": {"lambda_e": 0.1},
     "LFLPlugin": {"lambda_e": 0.1},
     "LwF": {"alpha": 1.0, "temperature": 2.0},
+    "LwFPlugin": {"alpha": 1.0, "temperature": 2.0},
     "MER": {"mem_size": 8, "batch_size_mem": 2},
     "MIR": {"mem_size": 8, "subsample": 8, "batch_size_mem": 2},
     "MIRPlugin": {"mem_size": 8, "subsample": 8, "batch_size_mem": 2},
@@ -85,6 +86,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SynapticIntelligencePlugin": {"si_lambda": 1.0},
 }
 NEEDS_A_NETWORK = {"LFL", "LFLPlugin"}
+# Plug-ins that a strategy of their own runs with, and nothing else: they learn by the same bits.
+TWINS = {
+    "AGEMPlugin": "AGEM",
+    "CWRStarPlugin": "CWRStar",
+    "EWCPlugin": "EWC",
+    "FromScratchTrainingPlugin": "FromScratchTraining",
+    "GDumbPlugin": "GDumb",
+    "GEMPlugin": "GEM",
+    "LwFPlugin": "LwF",
+    "MASPlugin": "MAS",
+    "MIRPlugin": "MIR",
+    "ReplayPlugin": "Replay",
+    "SynapticIntelligencePlugin": "SynapticIntelligence",
+}
+CHECKED = [n for n in avalanche_names.WORKS if n not in NEEDS_A_NETWORK and n not in TWINS]
 
 
 def strategy(name: str, **more: Any) -> AvalancheStrategy:
@@ -97,11 +113,29 @@ def strategy(name: str, **more: Any) -> AvalancheStrategy:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in avalanche_names.WORKS if n not in NEEDS_A_NETWORK])
+@pytest.mark.parametrize("name", CHECKED)
 def test_what_is_said_to_work_keeps_the_contract(name: str) -> None:
     findings = check_strategy(lambda: strategy(name))
     assert [f for f in findings if f.passed is not True and f.check != "stacked"][1:] == []
     assert [f.message for f in findings if f.passed is False] == []
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_plugin_learns_as_its_strategy_does(name: str) -> None:
+    results = []
+    for made in (strategy(name), strategy(TWINS[name])):
+        learner, device = toy_learner(made), toy_devices()[0]
+        state, params = learner.initial_state(device.store), learner.model.initial()
+        for position in (0, 1):
+            for server_round in (1, 2):
+                fit = learner.fit(
+                    state, params, device, position=position, server_round=server_round
+                )
+                state, params = fit.state, moved(learner, params, fit.update.arrays)
+            state = learner.consolidate(state, params, device, upto=position + 1)
+        results.append(params)
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], learner.model.initial())
 
 
 def test_the_lists_are_in_step_with_the_package() -> None:
@@ -234,6 +268,22 @@ def test_plugins_beside_a_strategy_are_checked() -> None:
     assert "EWC: is a strategy, not a plug-in" in faults("Naive", plugins={"EWC": {}})
     found = faults("Naive", plugins={"EWCPlugin": {"lamda": 1.0}})
     assert "[client.args.plugins.EWCPlugin] lamda: EWCPlugin does not take it" in found
+
+
+def test_plugins_beside_a_strategy_get_the_network_if_they_ask_for_it() -> None:
+    made = strategy(
+        "Replay", plugins={"CWRStarPlugin": {}, "LwFPlugin": {"alpha": [0.5, 1.0, 2.0]}}
+    )
+    learner, device = toy_learner(made), three_experiences()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    for position in (0, 1):
+        fit = learner.fit(state, params, device, position=position, server_round=1)
+        state = learner.consolidate(fit.state, params, device, upto=position + 1)
+    kept = kept_by(learner, state.memory, device)["plugins"]
+    names = [type(plugin).__name__ for plugin in kept]
+    assert names[:2] == ["CWRStarPlugin", "LwFPlugin"]
+    assert "ReplayPlugin" in names
+    assert sorted(kept[0].model.saved_weights) == [0, 1, 2]
 
 
 OWN = """
