@@ -10,6 +10,7 @@ Continual Learning", JMLR 24, 2023, arXiv:2302.01766.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import os
@@ -161,14 +162,18 @@ def build(
     lib = library()
     more = list(beside)
     if is_plugin(kind):
-        takes_model = "model" in inspect.signature(kind).parameters
-        model = {"model": given["model"]} if takes_model else {}
-        more.insert(0, kind(**model, **arguments))
+        more.insert(0, build_plugin(kind, arguments, given["model"]))
         kind, arguments = lib.supervised.Naive, {}
     parameters = inspect.signature(kind).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     fitting = {k: v for k, v in given.items() if takes_all or k in parameters}
-    return kind(plugins=more, **fitting, **arguments)
+    return kind(plugins=more, **fitting, **copy.deepcopy(dict(arguments)))
+
+
+def build_plugin(kind: type[Any], arguments: Mapping[str, Any], network: nn.Module) -> Any:
+    """Build a plug-in; those that ask for the network get it."""
+    given = {"model": network} if "model" in inspect.signature(kind).parameters else {}
+    return kind(**given, **copy.deepcopy(dict(arguments)))
 
 
 def no_evaluation() -> Any:

@@ -89,7 +89,7 @@ class Recipe:
 
     def build(self, network: nn.Module, spec: ClientSpec, account: Account) -> Any:
         """Build it around a network."""
-        beside = [kind(**arguments) for kind, arguments in self.beside]
+        beside = [avalanche.build_plugin(kind, values, network) for kind, values in self.beside]
         given = {
             "model": network,
             "optimizer": _optimizer(spec, network),

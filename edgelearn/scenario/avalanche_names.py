@@ -14,6 +14,7 @@ from edgelearn.errors import nearest
 _RESETS = "its reset of the network is overwritten by the global parameters"
 _ENDLESS = "its endless loader begins anew in each round"
 _NO_TASKS = "not in task-incremental streams"
+_MIR = "it leaves out the classes of the last batch, so the second experience may replay nothing"
 _FEATURES = f"the network has to be an avalanche.models.BaseModel; {_NO_TASKS}"
 
 # Name -> what to know, if anything.
@@ -41,15 +42,13 @@ WORKS: Mapping[str, str] = MappingProxyType(
         "MAS": "",
         "MASPlugin": "",
         "MER": "many steps for each batch, and small ones",
-        "MIR": _ENDLESS,
-        "MIRPlugin": _ENDLESS,
+        "MIR": f"{_ENDLESS}; {_MIR}",
+        "MIRPlugin": f"{_ENDLESS}; {_MIR}",
         "Naive": "",
         "RARPlugin": _NO_TASKS,
         "RWalkPlugin": "fewer than delta_t steps in an experience make it divide by zero",
         "Replay": "",
         "ReplayPlugin": "",
-        "SynapticIntelligence": "",
-        "SynapticIntelligencePlugin": "",
     }
 )
 
@@ -58,6 +57,10 @@ _BIC = "it writes to attributes that experiences no longer let it, and calls wha
 _MEANS = "it predicts by class means of a head that is not the scenario's network"
 _COPE = "it replaces the last layer, and predicts by prototypes of its own"
 _GSS = "it fails in Avalanche itself, on its empty buffer"
+_ALIASED = (
+    "on a processor it keeps views of the weights where it means copies, so that no path is ever "
+    "measured, all importances stay zero, and it learns as Naive does"
+)
 _GENERATOR = "its generator knows images of 28x28 only, and would have to be shared"
 
 # Name -> why it does not work.
@@ -91,6 +94,8 @@ FAILS: Mapping[str, str] = MappingProxyType(
         "PNNStrategy": "it needs a network of its own, which grows",
         "PackNet": "it needs a network of its own, and masks that can't be averaged",
         "SCR": "it needs a network of its own, and predicts by class means",
+        "SynapticIntelligence": _ALIASED,
+        "SynapticIntelligencePlugin": _ALIASED,
         "StreamingLDA": "it predicts by discriminant analysis, not by the network that is served",
         "TrainGeneratorAfterExpPlugin": _GENERATOR,
         "VAETraining": _NO_CLASSIFIER,
