@@ -156,23 +156,9 @@ class Learner:
                 f"device {data.device} has begun {state.begun} experiences but was asked for "
                 f"position {position}: its state belongs to another run"
             )
-        samples, entered, num_alarms = data.samples(position, server_round=server_round), params, 0
-        if self.detector is None:
-            state = self.consolidate(state, params, data, upto=position)
-            begins, experience = state.begun <= position, data.experience(position)
-        else:
-            consolidated = state.consolidated
-            state, num_alarms = self._look_out(
-                self.detector, state, params, data, samples, position
-            )
-            begins = state.begun == 0 or state.consolidated > consolidated
-            at_hand = tuple(sorted(set(samples.labels.tolist())))
-            experience = Experience(position, position, at_hand)
+        samples, entered = data.samples(position, server_round=server_round), params
+        state, num_alarms = self._reach(state, params, data, samples, position)
         memory = state.memory
-        if begins:
-            start = self._bind(params)
-            memory = self.strategy.start(self.model, start, memory, experience)
-            self._check(memory)
         if self.strategy.overrides("enter"):
             entered, memory = self.strategy.enter(self.model, params, memory)
             self._check(memory)
@@ -234,6 +220,39 @@ class Learner:
             )
             self._check(memory)
         return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
+
+    def _reach(
+        self,
+        state: DeviceState,
+        params: Tensor,
+        data: DeviceData,
+        samples: Samples,
+        position: int,
+    ) -> tuple[DeviceState, int]:
+        """Consolidate what has ended before a position, and begin what begins there.
+
+        Returns:
+            The state, and how many alarms there were where boundaries are not told.
+        """
+        former, num_alarms = state.consolidated, 0
+        if self.detector is None:
+            state = self.consolidate(state, params, data, upto=position)
+            begins = state.begun <= position
+        else:
+            found = self._look_out(self.detector, state, params, data, samples, position)
+            state, num_alarms = found
+            begins = state.begun == 0 or state.consolidated > former
+        if not begins:
+            return state, num_alarms
+        if self.detector is None:
+            experience = data.experience(position)
+        else:  # what it is, a device sees by its samples
+            at_hand = tuple(sorted(set(samples.labels.tolist())))
+            experience = Experience(position, position, at_hand)
+        start = self._bind(params)
+        memory = self.strategy.start(self.model, start, state.memory, experience)
+        self._check(memory)
+        return replace(state, memory=memory), num_alarms
 
     def _look_out(
         self,
