@@ -30,7 +30,9 @@ from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split, torch_generator
 
-DETECTOR = "boundary-detector"  # name of its state in a device's memory
+# Names in the memory of a device that finds boundaries by itself: the detector's state, and the
+# parameters that it had when it last took part, after training.
+DETECTOR, FORMER = "boundary-detector", "boundary-former"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Learner:
         declaration = dict(self.strategy.declare(self.model, self.facts))
         if self.detector is not None:
             declaration[DETECTOR] = TensorSpec((self.detector.size,), torch.float64)
+            declaration[FORMER] = TensorSpec((self.model.layout.size,))
         object.__setattr__(self, "declaration", declaration)
 
     def initial_state(self, store: SampleStore | None = None) -> DeviceState:
@@ -164,23 +167,9 @@ class Learner:
                 f"device {data.device} has begun {state.begun} experiences but was asked for "
                 f"position {position}: its state belongs to another run"
             )
-        samples, entered, num_alarms = data.samples(position, server_round=server_round), params, 0
-        if self.detector is None:
-            state = self.consolidate(state, params, data, upto=position)
-            begins, experience = state.begun <= position, data.experience(position)
-        else:
-            consolidated = state.consolidated
-            state, num_alarms = self._look_out(
-                self.detector, state, params, data, samples, position
-            )
-            begins = state.begun == 0 or state.consolidated > consolidated
-            at_hand = tuple(sorted(set(samples.labels.tolist())))
-            experience = Experience(position, position, at_hand)
+        samples, entered = data.samples(position, server_round=server_round), params
+        state, num_alarms = self._reach(state, params, data, samples, position)
         memory = state.memory
-        if begins:
-            start = self._bind(params)
-            memory = self.strategy.start(self.model, start, memory, experience)
-            self._check(memory)
         if self.strategy.overrides("enter"):
             entered, memory = self.strategy.enter(self.model, params, memory)
             self._check(memory)
@@ -208,6 +197,10 @@ class Learner:
         delta = local - params
         if not math.isfinite(loss) or not _is_finite(delta):
             refuse_divergence(data.device, server_round, loss)
+        if self.detector is not None:
+            memory = memory.replace(**{FORMER: local.clone()})
+            memory, more = self._watch(self.detector, memory, local, samples)
+            num_alarms += more
         self._check(memory)
         if forgotten := passing(self.declaration):
             memory = memory.replace(**forgotten)
@@ -247,6 +240,39 @@ class Learner:
             self._check(memory)
         return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
 
+    def _reach(
+        self,
+        state: DeviceState,
+        params: Tensor,
+        data: DeviceData,
+        samples: Samples,
+        position: int,
+    ) -> tuple[DeviceState, int]:
+        """Consolidate what has ended before a position, and begin what begins there.
+
+        Returns:
+            The state, and how many alarms there were where boundaries are not told.
+        """
+        former, num_alarms = state.consolidated, 0
+        if self.detector is None:
+            state = self.consolidate(state, params, data, upto=position)
+            begins = state.begun <= position
+        else:
+            found = self._look_out(self.detector, state, params, data, samples, position)
+            state, num_alarms = found
+            begins = state.begun == 0 or state.consolidated > former
+        if not begins:
+            return state, num_alarms
+        if self.detector is None:
+            experience = data.experience(position)
+        else:  # what it is, a device sees by its samples
+            at_hand = tuple(sorted(set(samples.labels.tolist())))
+            experience = Experience(position, position, at_hand)
+        start = self._bind(params)
+        memory = self.strategy.start(self.model, start, state.memory, experience)
+        self._check(memory)
+        return replace(state, memory=memory), num_alarms
+
     def _look_out(
         self,
         detector: Detector,
@@ -256,34 +282,43 @@ class Learner:
         samples: Samples,
         position: int,
     ) -> tuple[DeviceState, int]:
-        """Look for a change in the errors of the global model; consolidate what has ended with it.
+        """Look for a change in the device's errors; consolidate what has ended with it.
 
-        The errors are those on the samples at hand before the device trains on them. What has come
-        since the last boundary, up to this position, is then one experience that has ended; it is
-        consolidated on the global parameters that the device gets now.
+        The errors are those of the model that the device itself trained when it last took part, on
+        the samples at hand (the global model of now may have learned these from others), after the
+        errors of the same model on the samples that it was trained on. What has come since the last
+        boundary, up to this position, is then one experience that has ended; it is consolidated on
+        the global parameters that the device gets now.
 
         Returns:
             The state, and how many alarms there were.
         """
-        trained, errors = self._bind(params), np.empty(0)
-        if len(samples):
-            batch = samples.batch()
-            with torch.no_grad():
-                logits = self.model(trained, batch.x)
-            if batch.mask is not None:
-                logits = logits.masked_fill(~batch.mask, float("-inf"))
-            errors = (logits.argmax(1) != batch.y).numpy().astype(np.float64)
-        noticed, alarms = detector.update(state.memory[DETECTOR].numpy(), errors)
-        memory = state.memory.replace(**{DETECTOR: torch.from_numpy(noticed)})
+        answering = state.memory[FORMER] if state.begun else params
+        memory, num_alarms = self._watch(detector, state.memory, answering, samples)
         since = state.consolidated
-        if not alarms or since >= position:
-            return replace(state, memory=memory), len(alarms)
+        if not num_alarms or since >= position:
+            return replace(state, memory=memory), num_alarms
         ids = torch.cat([data.samples(p).ids for p in range(since, position)])
         generator = torch_generator(self.seed, "finish", position - 1, data.device)
-        ended = Samples(samples.store, ids)
+        trained, ended = self._bind(params), Samples(samples.store, ids)
         memory = self.strategy.finish(self.model, trained, ended, memory, generator)
         self._check(memory)
-        return replace(state, memory=memory, consolidated=position), len(alarms)
+        return replace(state, memory=memory, consolidated=position), num_alarms
+
+    def _watch(
+        self, detector: Detector, memory: Memory, params: Tensor, samples: Samples
+    ) -> tuple[Memory, int]:
+        """Show a detector the errors of parameters [P] on samples; return its alarms, too."""
+        if len(samples) == 0:
+            return memory, 0
+        batch, trained = samples.batch(), self._bind(params)
+        with torch.no_grad():
+            logits = self.model(trained, batch.x)
+        if batch.mask is not None:
+            logits = logits.masked_fill(~batch.mask, float("-inf"))
+        errors = (logits.argmax(1) != batch.y).numpy().astype(np.float64)
+        noticed, alarms = detector.update(memory[DETECTOR].numpy(), errors)
+        return memory.replace(**{DETECTOR: torch.from_numpy(noticed)}), len(alarms)
 
     def served(
         self, state: DeviceState, params: Tensor, data: Samples, *, position: int, device: int

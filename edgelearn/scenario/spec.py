@@ -24,7 +24,7 @@ ORDERS = ("shared", "per-device", "staggered")
 TRANSFORMS = ("permute", "rotate", "relabel")
 DRIFTS = ("sudden", "gradual", "recurring")
 BOUNDARIES = ("told", "detected")
-DETECTORS = ("adwin", "page-hinkley")
+DETECTORS = ("page-hinkley", "adwin")
 REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
@@ -145,7 +145,7 @@ class StreamSpec:
     cumulative: bool = _rule("does each experience hold all earlier ones too?", default=False)
     online: bool = _rule("does each round bring its own part of an experience?", default=False)
     boundaries: str = _rule("does a device know when data change?", "told", choices=BOUNDARIES)
-    detector: str = _rule("what it finds changes with, untold", "adwin", choices=DETECTORS)
+    detector: str = _rule("what it finds changes with, untold", "page-hinkley", choices=DETECTORS)
     detector_args: Mapping[str, Any] = _table("arguments of the detector")
 
 

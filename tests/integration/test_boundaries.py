@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import edgelearn
-from edgelearn.device.learner import DETECTOR, make_learner
+from edgelearn.device.learner import DETECTOR, FORMER, make_learner
 from edgelearn.errors import RunError, ScenarioError
 from edgelearn.federated import egress
 from edgelearn.fleet.plan import make_plan
@@ -55,6 +55,16 @@ def test_sudden_changes_are_found_at_once(scenario, detector):
     scores = [run.scores().average_accuracy for run in (record, told, naive)]
     assert scores[0] > scores[2] + 0.2
     assert scores[1] > scores[2] + 0.2
+
+
+def test_who_comes_when_others_have_learned_already_notices_it_too(scenario):
+    record = edgelearn.simulate(
+        scenario(fleet={"cohort": 2}, stream={"detector_args": {"threshold": 6.0}})
+    )
+    found = record.detections()
+    # Two of four in a round: some come first when the global model knows the new classes.
+    assert found.num_found >= 0.8 * found.num_changes > 0
+    assert found.delay > found.delay_visits
 
 
 def test_where_nothing_changes_nothing_is_found(scenario):
@@ -157,13 +167,16 @@ def test_a_detector_costs_memory_and_is_declared(scenario):
     world = build(scenario())
     told = make_learner(build(scenario(stream={"boundaries": "told"})))
     learner = make_learner(world)
-    assert set(learner.declaration) - set(told.declaration) == {DETECTOR}
-    assert learner.memory_bytes - told.memory_bytes == 8 * learner.detector.size
     layout = learner.model.layout
+    assert set(learner.declaration) - set(told.declaration) == {DETECTOR, FORMER}
+    more = 8 * learner.detector.size + 4 * layout.size
+    assert learner.memory_bytes - told.memory_bytes == more
     assert "num-alarms" not in egress.fit_schema(layout).scalars
     assert egress.fit_schema(layout, detects=True).scalars["num-alarms"] is int
 
 
 def test_wrong_arguments_are_faults(scenario):
     with pytest.raises(ScenarioError, match=r"stream.detector_args.*\n*.*threshold.*adwin takes"):
-        edgelearn.simulate(scenario(stream={"detector_args": {"threshold": 1.0}}))
+        edgelearn.simulate(
+            scenario(stream={"detector": "adwin", "detector_args": {"threshold": 1.0}})
+        )

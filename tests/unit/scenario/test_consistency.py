@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
 from edgelearn.errors import ScenarioError
-from edgelearn.scenario.load import from_dict
+from edgelearn.scenario.load import from_dict, to_toml
 
 DOMAINS = {"stream.kind": "domain-incremental"}
 
@@ -73,9 +75,11 @@ def test_all_faults_are_reported_at_once(raw):
         {**DOMAINS, "stream.drift": "gradual", "stream.order": "staggered"},
         {"stream.max_shift": 4, "stream.order": "staggered"},
         {"stream.blur": 1.0, "stream.blur_reach": "all", "stream.disjoint_share": 1.0},
+        {"stream.boundaries": "detected", "stream.detector_args": {"threshold": 4.0}},
         {"labels.delay": 4, "labels.noise": 1.0, "labels.missing": 1.0},
         {"fleet.late_share": 0.5, "fleet.leaving_share": 0.5, "stream.num_experiences": 2},
     ],
 )
 def test_what_is_just_allowed(raw, overrides):
-    from_dict(raw, overrides=overrides)
+    scenario = from_dict(raw, overrides=overrides)
+    assert from_dict(tomllib.loads(to_toml(scenario))) == scenario

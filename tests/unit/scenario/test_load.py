@@ -387,7 +387,7 @@ OTHER = {  # another valid value for each key of a scenario
     "stream.cumulative": True,
     "stream.online": True,
     "stream.boundaries": "detected",
-    "stream.detector": "page-hinkley",
+    "stream.detector": "adwin",
     "labels.noise": 0.1,
     "labels.missing": 0.1,
     "labels.per_class": 1,
