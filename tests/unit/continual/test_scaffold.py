@@ -171,7 +171,7 @@ def test_what_travels_and_what_stays() -> None:
 @pytest.mark.parametrize("spec", [{"optimizer": "adam"}, {"momentum": 0.9}])
 @pytest.mark.parametrize("name", ["scaffold", "replay+scaffold"])
 def test_steps_that_are_no_gradients_are_refused(name: str, spec: dict[str, object]) -> None:
-    with pytest.raises(ScenarioError, match="needs sgd without momentum; got"):
+    with pytest.raises(ScenarioError, match="needs sgd with momentum 0; got"):
         toy_learner(make_strategy(name, {}), **spec)
 
 
