@@ -38,11 +38,10 @@ def compare_stacked(strategy: ClientStrategy, hook: str, calls: list[Call]) -> N
     for k, own in enumerate(alone):
         for name, expected in own.items():
             found = together[name][k]
-            if expected.dtype is torch.bool:
-                found, expected = found.float(), expected.float()
-            size = float(expected.abs().max()) if expected.numel() else 0.0
+            number, wanted = found.double(), expected.double()  # of any dtype, bool too
+            size = float(wanted.abs().max()) if wanted.numel() else 0.0
             if found.shape != expected.shape or not torch.allclose(
-                found, expected, rtol=_RTOL, atol=1e-6 * max(1.0, size), equal_nan=True
+                number, wanted, rtol=_RTOL, atol=1e-6 * max(1.0, size), equal_nan=True
             ):
                 raise Broken(
                     f"`{hook}` gives device {k} another {name} in a stack of {len(alone)} devices "
