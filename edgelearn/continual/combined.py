@@ -177,8 +177,8 @@ class Combined(ClientStrategy):
         return memory
 
     def leave(self, passage: Passage, memory: Memory) -> tuple[Tensor, Memory]:
-        """End a round, in each part."""
-        for name, part in self.parts.items():
+        """End a round, in each part, the last first: what it changed on entry is undone again."""
+        for name, part in reversed(self.parts.items()):
             local, own = part.leave(passage, _of(memory, name))
             passage, memory = replace(passage, local=local), _with(memory, name, own)
         return passage.local, memory

@@ -45,10 +45,11 @@ class Scaffold(ClientStrategy):
     needs_plain_sgd = True
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
-        """Declare c_i, and c - c_i of the round."""
+        """Declare c_i, and of the round x and c - c_i."""
         size = model.layout.num_trained
         return {
             "own": TensorSpec((size,)),
+            "begin": TensorSpec((size,), is_kept=False),
             "correction": TensorSpec((size,), is_kept=False),
         }
 
@@ -57,9 +58,10 @@ class Scaffold(ClientStrategy):
         return {"control": TensorSpec((model.layout.num_trained,))}
 
     def enter(self, model: FlatModel, params: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Note the correction of this round."""
+        """Note where this round begins, and its correction."""
         control = model.layout.shared(params)["control"]
-        return params, memory.replace(correction=control - memory["own"])
+        begin = params[: model.layout.num_trained].clone()
+        return params, memory.replace(begin=begin, correction=control - memory["own"])
 
     def adjust(self, gradients: Tensor, params: Tensor, memory: Memory) -> Tensor:  # noqa: ARG002
         """Correct a step's gradient."""
@@ -70,7 +72,7 @@ class Scaffold(ClientStrategy):
         if passage.num_steps == 0:
             return passage.local, memory
         layout = passage.model.layout
-        way = (passage.given - passage.local)[: layout.num_trained]
+        way = memory["begin"] - passage.local[: layout.num_trained]
         own = way / (passage.num_steps * passage.lr) - memory["correction"]
         local = passage.local.clone()
         change = (own - memory["own"]) * (passage.cohort / passage.num_devices)

@@ -110,7 +110,7 @@ class Learner:
         if self.strategy.needs_plain_sgd and not self.spec.is_plain_sgd:
             message = (
                 f"{type(self.strategy).__name__} reads a device's mean gradient off its way, so it "
-                f"needs sgd without momentum; got {self.spec.optimizer}, momentum "
+                f"needs sgd with momentum 0; got {self.spec.optimizer} with momentum "
                 f"{self.spec.momentum:g}"
             )
             raise ScenarioError("client", [Fault("client", "optimizer", message)])

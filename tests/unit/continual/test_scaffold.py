@@ -84,7 +84,7 @@ def by_the_strategy(cohorts: list[list[int]]) -> tuple[float, float]:
                 num_devices=len(FLEET),
             )
             local, memory = strategy.leave(passage, memory)
-            memories[i] = memory.replace(correction=torch.zeros(1))
+            memories[i] = memory.replace(begin=torch.zeros(1), correction=torch.zeros(1))
             sent.append(local)
         params = torch.stack(sent).mean(0)
     return float(params[0]), float(model.layout.shared(params)["control"])
@@ -164,16 +164,38 @@ def test_what_travels_and_what_stays() -> None:
     learner = toy_learner(Scaffold())
     layout = learner.model.layout
     assert layout.size == 2 * layout.num_network
-    assert learner.memory_bytes == 2 * 4 * layout.num_trained
+    assert learner.memory_bytes == 3 * 4 * layout.num_trained
+    assert [name for name, spec in learner.declaration.items() if spec.is_kept] == ["own"]
 
 
 @pytest.mark.parametrize("spec", [{"optimizer": "adam"}, {"momentum": 0.9}])
 @pytest.mark.parametrize("name", ["scaffold", "replay+scaffold"])
 def test_steps_that_are_no_gradients_are_refused(name: str, spec: dict[str, object]) -> None:
-    with pytest.raises(ScenarioError, match="needs sgd without momentum; got"):
+    with pytest.raises(ScenarioError, match="needs sgd with momentum 0; got"):
         toy_learner(make_strategy(name, {}), **spec)
 
 
 def test_it_joins_others() -> None:
     findings = check_strategy(lambda: make_strategy("replay+scaffold", {}))
     assert not [finding for finding in findings if finding.passed is False]
+
+
+@pytest.mark.parametrize("name", ["scaffold+fedper", "fedper+scaffold"])
+def test_a_head_of_ones_own_is_no_drift(name: str) -> None:
+    device = Subject(Scaffold).new_device()
+    learner = toy_learner(make_strategy(name, {}), epochs=1, batch_size=1000)
+    layout = learner.model.layout
+    params, state = learner.model.initial(), learner.initial_state(device.store)
+    for server_round in (1, 2):
+        began = params[: layout.num_trained].clone()
+        began[136:] += state.memory["fedper.head"]  # behind the toy's first layer
+        fit = learner.fit(state, params, device, position=0, server_round=server_round)
+        state, params = fit.state, params + layout.flatten(fit.update.arrays)
+    batch = device.samples(0).batch()
+    leaf = began.requires_grad_()
+    (gradient,) = torch.autograd.grad(supervised_loss(learner.model(leaf, batch.x), batch), leaf)
+    own = state.memory["scaffold.own"]
+    torch.testing.assert_close(own[:136], gradient[:136], rtol=1e-3, atol=1e-5)
+    # Who comes after the head knows it as its own; who comes before never sees it.
+    expected = gradient[136:] if name == "fedper+scaffold" else torch.zeros(36)
+    torch.testing.assert_close(own[136:], expected, rtol=1e-3, atol=1e-5)
