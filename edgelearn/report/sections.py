@@ -128,8 +128,8 @@ def device_table(record: RunRecord) -> str:
     served, exact = (results.final_by_device(record, model) for model in results.MODELS)
     forgetting = spread_of_costs(results.forgetting_by_device(record))
     rows = [
-        _spread_row(f"final accuracy, {runtime}", spread(served), formats.percent),
-        _spread_row("final accuracy, float", spread(exact), formats.percent),
+        _spread_row(f"final accuracy, {runtime}", spread(served), formats.percent, is_fair=True),
+        _spread_row("final accuracy, float", spread(exact), formats.percent, is_fair=True),
         _spread_row(f"forgetting, {runtime}", forgetting, _unsigned_points),
     ]
     if record.is_complete:
@@ -139,11 +139,12 @@ def device_table(record: RunRecord) -> str:
             rows.append(_spread_row(f"bytes {direction}", traffic, formats.size))
     head = "".join(
         f'<th scope="col">{name}</th>'
-        for name in ("mean", "std", "worst decile", "worst", "best", "devices")
+        for name in ("mean", "std", "worst decile", "worst", "best", "gap", "Jain", "devices")
     )
     return f"""<div class="table"><table>
 <caption>Worst decile: mean of the worst tenth of the devices. Worst is the lowest accuracy, the
-most forgotten, the most bytes. Std is that of the population of devices.</caption>
+most forgotten, the most bytes; the gap is between worst and best. Std is that of the population of
+devices. Jain's index of accuracies is 1 if all devices are equal.</caption>
 <thead><tr><th scope="col">per device</th>{head}</tr></thead>
 <tbody>
 {_lines(rows)}
@@ -151,10 +152,15 @@ most forgotten, the most bytes. Std is that of the population of devices.</capti
 </table></div>"""
 
 
-def _spread_row(name: str, values: Spread, write: Callable[[float], str]) -> str:
-    numbers = (values.mean, values.std, values.worst_decile, values.worst, values.best)
-    cells = "".join(f"<td>{write(number)}</td>" for number in numbers)
-    return f'<tr><th scope="row">{name}</th>{cells}<td>{values.num_devices:,}</td></tr>'
+def _spread_row(
+    name: str, values: Spread, write: Callable[[float], str], *, is_fair: bool = False
+) -> str:
+    numbers = (values.mean, values.std, values.worst_decile, values.worst, values.best, values.gap)
+    has_index = is_fair and not math.isnan(values.jain)
+    index = f"{values.jain:.3f}" if has_index else formats.UNKNOWN
+    texts = [*map(write, numbers), index, f"{values.num_devices:,}"]
+    cells = "".join(f"<td>{text}</td>" for text in texts)
+    return f'<tr><th scope="row">{name}</th>{cells}</tr>'
 
 
 def _unsigned_points(value: float) -> str:

@@ -99,6 +99,16 @@ def test_the_numbers_are_those_of_the_run(html):
     assert "not complete" not in text
 
 
+def test_how_unequal_devices_are(html):
+    text = Page(html).text
+    row = text.index("final accuracy, int8")  # 0.7 and 0.5
+    assert text[row + 1 : row + 9] == [
+        "60.0%", "10.0%", "50.0%", "50.0%", "70.0%", "20.0%", "0.973", "2"
+    ]  # fmt: skip
+    row = text.index("forgetting, int8")
+    assert text[row + 7] == "\N{EN DASH}", "the index is for what is not negative"
+
+
 @pytest.mark.parametrize("rounds", [0, 3, 5])
 def test_an_unfinished_run_says_so(make_record, tmp_path, rounds):
     page = Page(write_report(make_record(rounds=rounds), tmp_path).read_text("utf-8"))
