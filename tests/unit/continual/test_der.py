@@ -195,5 +195,5 @@ def test_with_ewc_beside_it():
     stored = memory["der.logits"]
     expected = dark_loss(MODEL(params(1), batch.x), batch, stored, alpha=0.1, beta=0.5)
     torch.testing.assert_close(together.loss(MODEL, params(1), batch, memory), expected)
-    with pytest.raises(ValueError, match="replaces the loss|replays"):
+    with pytest.raises(ValueError, match=r"replaces the loss|replays"):
         Combined({"der": DER(), "derpp": DERpp()})
