@@ -206,7 +206,6 @@ def _aligned(model: FlatModel, params: Tensor, before: Memory, after: Memory) ->
     ids = after["buffer"]
     origin = same_sample(ids, before["buffer"])
     logits = before["logits"][origin.clamp(min=0)]
-    logits[ids == EMPTY] = 0.0
     new = ((origin < 0) & (ids != EMPTY)).nonzero().flatten()
     for places in torch.split(new, _ROWS):
         if len(places):

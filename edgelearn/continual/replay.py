@@ -24,6 +24,9 @@ class Replay(ClientStrategy):
     """Keep a bounded buffer of past samples and mix them into every batch.
 
     The buffer takes in an experience when it has ended, so a step replays only what is past.
+    A `replay_batch` of the batch size rather than 0 matters where epochs are short: the last,
+    smaller batch then has as many stored samples as the others, so that a round does not end with
+    a step on a handful of samples, half of them new.
 
     Reference: Chaudhry, Rohrbach, Elhoseiny, Ajanthan, Dokania, Torr, Ranzato, "On Tiny Episodic
     Memories in Continual Learning", 2019, arXiv:1902.10486, algorithm 1. We differ: the buffer is

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from edgelearn.continual.der import DER, DERpp, same_sample
+from edgelearn.continual.combined import Combined
+from edgelearn.continual.der import DER, DERpp, dark_loss, same_sample
+from edgelearn.continual.ewc import EWC
 from edgelearn.continual.memory import Memory, check
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.strategy import Facts, supervised_loss
@@ -182,3 +184,16 @@ def test_places_of_ids():
 def test_bad_arguments(kind, kwargs, expected):
     with pytest.raises(ValueError, match=expected):
         kind(**kwargs)
+
+
+def test_with_ewc_beside_it():
+    together = Combined({"der": DERpp(capacity=6), "ewc": EWC(step="explicit")})
+    memory = Memory.initial(together.declare(MODEL, FACTS), STORE)
+    memory = together.finish(MODEL, params(0), samples(0, 20), memory, torch.Generator())
+    batch = together.extend(samples(30, 34).batch(), memory, torch.Generator().manual_seed(1))
+    assert batch.num_past == 4
+    stored = memory["der.logits"]
+    expected = dark_loss(MODEL(params(1), batch.x), batch, stored, alpha=0.1, beta=0.5)
+    torch.testing.assert_close(together.loss(MODEL, params(1), batch, memory), expected)
+    with pytest.raises(ValueError, match=r"replaces the loss|replays"):
+        Combined({"der": DER(), "derpp": DERpp()})

@@ -245,6 +245,18 @@ def test_the_served_network_answers_with_the_nearest_mean(activation, seed):
     assert torch.equal(own[: head.weight.start], params[: head.weight.start])
 
 
+def test_a_class_without_a_mean_is_never_answered():
+    model, strategy = network(nn.Tanh), ICaRL(capacity=20)
+    params = model.initial()
+    memory = live(strategy, ((2,), of_classes(2)), model=model, params=params)
+    own = strategy.serve(model, params, memory, NOTHING, torch.Generator())
+    logits = model(own, -X)
+    assert float(logits[:, 2].min()) < 0  # so an output of 0 would win
+    assert logits.argmax(1).eq(2).all()
+    answers = Int8Runtime().prepare(model, own).calibrated(-X)(-X).argmax(1)
+    assert answers.eq(2).all()
+
+
 def test_the_int8_network_answers_with_it_too():
     strategy = ICaRL(capacity=20)
     memory = live(strategy, ((0, 1, 2, 4), of_classes(0, 1, 2, 4)))
