@@ -47,3 +47,6 @@ def test_more_exemplars_remember_more() -> None:
     hundred = accuracy(EXEMPLARS, {"per_class": 100})
     assert 60.5 - POINTS <= ten <= 62.9 + POINTS
     assert 80.0 - POINTS <= hundred <= 80.9 + POINTS
+    joint = accuracy("naive", {}, stream={"cumulative": True})
+    assert 81.8 - POINTS <= joint <= 83.5 + POINTS
+    assert joint > hundred > ten
