@@ -23,7 +23,8 @@ SEEDS = 3
 # gradient of a batch of 10, so about a tenth: its lambda for the same pull is five times ours.
 STRENGTH, AVALANCHE_LAMBDA = 10.0, 50.0
 METHODS: dict[str, dict[str, Any]] = {
-    "replay": {"capacity": CAPACITY},
+    # Avalanche adds as many samples to the last, partial batch of an epoch as to any other.
+    "replay": {"capacity": CAPACITY, "replay_batch": 10},
     "ewc": {"strength": STRENGTH},
 }
 

@@ -19,7 +19,7 @@ AVALANCHE = "Avalanche"
 FISHER = "Fisher of the CNN"
 METHODS: dict[str, dict[str, Any]] = {
     "naive": {},
-    "replay": {"capacity": 200},
+    "replay": {"capacity": 200, "replay_batch": 10},
     "ewc": {"strength": 10.0},
     "si": {},
 }

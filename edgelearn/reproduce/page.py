@@ -94,7 +94,7 @@ def _line(table: Table, row: Row, found: Estimate, verdict: Verdict) -> str:
     digits = table.digits
     ours = write_number(found, digits=digits)
     reference = "-" if row.reference is None else f"{row.reference:.{digits}f}"
-    reference = row.published or reference
+    reference = row.published or f"{row.bound} {reference}".strip()
     if row.source:
         reference += f" ({row.source})"
     tolerance = "-" if row.tolerance is None else f"±{row.tolerance:g}"

@@ -32,6 +32,8 @@ class Row:
         reference: What it should be; None if nothing comparable is known.
         tolerance: Largest difference of the mean that counts as reproduced; None gives no verdict,
             as where the reference is of other data.
+        bound: "at least" or "at most" where a direction was published rather than a number: the
+            reference is then the bound, and there is no tolerance.
         published: How the source writes the reference, if not as the bare number.
         source: Where the reference is from.
         note: How the setting differs from that of the source.
@@ -45,6 +47,7 @@ class Row:
     metric: str
     reference: float | None = None
     tolerance: float | None = None
+    bound: str = ""
     published: str = ""
     source: str = ""
     note: str = ""
@@ -108,6 +111,9 @@ def judge(row: Row, found: Estimate, *, digits: int = 1) -> Verdict:
     if math.isinf(difference):
         return Verdict(False, "**not reproduced** (never reached)")
     by = f"{difference:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    if row.bound:
+        holds = difference >= 0 if row.bound == "at least" else difference <= 0
+        return Verdict(holds, "reproduced" if holds else f"**not reproduced** ({by})")
     if row.tolerance is None:
         return Verdict(None, f"not comparable ({by})")
     if abs(difference) <= row.tolerance:

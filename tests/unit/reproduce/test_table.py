@@ -70,7 +70,7 @@ def test_every_installed_table_is_complete(name):
     labels = [(row.method, row.setting, row.metric) for row in table.rows]
     assert len(set(labels)) == len(labels), "two rows look the same"
     for row in table.rows:
-        assert row.reference is not None
+        assert row.reference is not None or not row.bound
         assert "seed" not in row.arguments
         assert len(digest(row.setup(table.quick))) == 16  # plain values only
 

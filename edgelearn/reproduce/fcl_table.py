@@ -1,0 +1,56 @@
+"""The table of federated continual learning at equal memory."""
+
+from __future__ import annotations
+
+from edgelearn.reproduce.fcl import METHODS, run
+from edgelearn.reproduce.table import Row, Table
+
+_PUBLISHED = {
+    "FedAvg+ER": "Re-Fed's paper and others: above FedAvg",
+    "FedEWC": "TARGET's and others: 1 point above FedAvg",
+    "FedLwF": "TARGET's and others: above FedEWC",
+    "Re-Fed": "Re-Fed's paper: above FedAvg+ER",
+    "FOT": "FOT's paper: above FedAvg, with labels of experiences",
+    "FedSSI": "FedSSI's paper: above FedEWC",
+    "TARGET on device": "TARGET's paper: above FedLwF (made on the server there)",
+}
+
+
+def accuracy(*, seed: int, method: str) -> dict[str, float]:
+    """Return a method's numbers, shares in percent; see `fcl.run`."""
+    found = run(method, seed)
+    return {
+        name: value if name.startswith("bytes") else 100 * value for name, value in found.items()
+    }
+
+
+TABLE = Table(
+    name="federated-continual",
+    title="Federated continual learning at equal memory",
+    about=(
+        "Class-incremental Fashion-MNIST (6,000 images, 5 experiences of 2 classes) on ten devices "
+        "with Dirichlet 0.5, all in each of 5 rounds an experience; CNN with 13,242 parameters; "
+        "each device may store as much as two vectors of parameters (103 KiB). Float model, ACC at "
+        "the end. The papers' data sets (CIFAR-100, Tiny-ImageNet) and networks (ResNet-18) are "
+        "out of reach on a CPU, so numbers can't be compared, only orders: what each paper claims "
+        "is given as text."
+    ),
+    rule=(
+        "what is not a method's default was chosen with another seed on training images that no "
+        "reported run uses, half of them held out; learning rate, rounds and epochs are the same "
+        "for all and were not tuned."
+    ),
+    rows=tuple(
+        Row(
+            method=method,
+            setting="class-incremental",
+            run=accuracy,
+            arguments={"method": method},
+            metric="accuracy",
+            published=_PUBLISHED.get(method, ""),
+        )
+        for method in METHODS
+    ),
+    minutes=6.0,
+    num_seeds=3,
+)
