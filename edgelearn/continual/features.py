@@ -90,7 +90,8 @@ def features_and_logits(model: FlatModel, params: Tensor, x: Tensor) -> tuple[Te
     """Return the features [B, d] and the logits [B, C] of one forward pass; see `features`."""
     name, layer = _last(model)
     with _watched(layer) as calls:
-        logits = model(params, x)
+        # A network that remembers its answers, as combined strategies share one, must give another.
+        logits = FlatModel.__call__(model, params, x)
     if not calls or calls[-1][1] is not logits:
         raise StrategyError(f"the network does not end in its layer {name!r}: {_ADVICE}")
     found = calls[-1][0]

@@ -5,10 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgelearn.continual.combined import Combined
 from edgelearn.continual.features import features, features_and_logits, last_linear
+from edgelearn.continual.memory import Memory
+from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.errors import StrategyError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.models import cnn, mlp
+from edgelearn.scenario.samples import Batch
 
 SHAPE = (1, 8, 8)
 
@@ -77,6 +81,25 @@ def test_features_are_differentiable_and_can_be_stacked():
     torch.testing.assert_close(stacked[1], features(model, both[1], x))
 
 
+class OfFeatures(ClientStrategy):
+    """Adds the size of features to the loss."""
+
+    def loss(self, model, params, batch, memory):
+        penalty = features(model, params, batch.x).square().mean()
+        return super().loss(model, params, batch, memory) + penalty
+
+
+def test_a_part_of_combined_strategies_may_use_them():
+    model = FlatModel(network("mlp"))
+    batch = Batch(torch.randn(3, *SHAPE), torch.tensor([0, 1, 2]))
+    strategy = Combined({"one": OfFeatures(), "other": OfFeatures()})
+    params, memory = model.initial(), Memory({})
+    twice = strategy.loss(model, params, batch, memory)
+    plain = F.cross_entropy(model(params, batch.x), batch.y)
+    penalty = features(model, params, batch.x).square().mean()
+    torch.testing.assert_close(twice, plain + 2 * penalty)
+
+
 def test_nothing_stays_behind_in_the_network():
     model = FlatModel(network("mlp"))
     with pytest.raises(RuntimeError):
@@ -99,7 +122,7 @@ def test_a_network_that_can_not_end_in_a_linear_layer(layers, expected):
 
 def test_a_network_that_does_not_end_in_its_last_linear_layer():
     model = FlatModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.LogSoftmax(1)))
-    with pytest.raises(StrategyError, match="does not end in its layer '1'.*softmax"):
+    with pytest.raises(StrategyError, match=r"does not end in its layer '1'.*softmax"):
         features(model, model.initial(), torch.ones(2, *SHAPE))
 
 
