@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from edgelearn.federated.record import RunRecord
 from edgelearn.reproduce import federated
 from edgelearn.scenario.world import build
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def record(*curve: tuple[int, float], kind: str = "round") -> RunRecord:
@@ -65,8 +69,8 @@ def on_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace Fashion-MNIST, which not every machine has, by digits."""
     plain = federated._plain_federated
 
-    def on_digits(name: str, num_rounds: int, seed: int) -> dict[str, Any]:
-        return plain(name, num_rounds, seed) | {"data": {"dataset": "digits"}}
+    def on_digits(name: str, num_rounds: int, seed: int, _dataset: str) -> dict[str, Any]:
+        return plain(name, num_rounds, seed, "digits")
 
     monkeypatch.setattr(federated, "_plain_federated", on_digits)
 
@@ -94,3 +98,13 @@ def test_averaging_learns() -> None:
     found = federated.fedavg(seed=0, **setting)
     assert found["rounds"] < 25
     assert found["accuracy"] > 80
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not on this machine")
+def test_hyperparameters_are_chosen_on_training_images_alone() -> None:
+    spec = federated.fedavg_scenario(**federated.FEDAVG[0]).data
+    reported, spare = federated.fashion_mnist(spec), federated.held_out(spec)
+    assert (len(spare.y_train), len(spare.y_test)) == (50_000, 10_000)
+    assert (spare.x_test == reported.x_train[-10_000:]).all()
+    few = federated.held_out(replace(spec, max_train=6_000))
+    assert (few.x_train == reported.x_train[:6_000]).all()
