@@ -75,7 +75,7 @@ class Target(ClientStrategy):
         distill: float = 5.0,
         temperature: float = 2.0,
         replay_batch: int = 0,
-        steps: int = 50,
+        steps: int = 30,
         one_hot: float = 0.5,
         statistics: float = 10.0,
         adversarial: float = 1.0,
