@@ -78,9 +78,9 @@ def train_vmapped(
             batch = _stacked([step.batch for step in steps])
             gradients, losses = hooks.gradient(local, batch, memory)
             with torch.no_grad():
+                gradients = hooks.adjust(gradients, local, memory)
                 if proximal_mu:
                     gradients = gradients + proximal_mu * (local - params)
-                gradients = hooks.adjust(gradients, local, memory)
                 before = local.clone()
                 optimizer.step(gradients)
                 hooks.proximal(local, memory)
