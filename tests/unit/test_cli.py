@@ -1,0 +1,27 @@
+"""The command line, without a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgelearn.cli import main
+
+
+def test_several_strategies_as_one_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "ewc+replay"]) == 0
+    assert "ewc.fisher" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("ewc+repla", "did you mean 'replay'"),
+        ("replay+der", "only one part can be one that replays"),
+        ("avalanche:EWX", "did you mean"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_wrong_usage(
+    reference: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", reference]) == 2
+    assert message in capsys.readouterr().err
