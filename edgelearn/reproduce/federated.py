@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelearn.errors import RunError
 from edgelearn.federated.record import RunRecord
 from edgelearn.fleet.simulate import simulate
 from edgelearn.scenario.datasets import Dataset, fashion_mnist
@@ -225,11 +226,17 @@ def choose_rate(setting: Mapping[str, Any]) -> dict[float, float]:
 
     Args:
         setting: One of `FEDAVG`.
+
+    Returns:
+        NaN for a rate with which no device of a cohort could train any more.
     """
     found = {}
     for lr in RATES:
         tried = {**setting, "lr": lr, "seed": _SEED_OF_CHOICE, "dataset": _CHOICE}
-        found[lr] = 100 * accuracy_at_the_end(simulate(fedavg_scenario(**tried)))
+        try:
+            found[lr] = 100 * accuracy_at_the_end(simulate(fedavg_scenario(**tried)))
+        except RunError:
+            found[lr] = math.nan
     return found
 
 
