@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelearn.runtime.protocol import Predictor
+from edgelearn.params import FlatModel
+from edgelearn.runtime.protocol import Predictor, Runtime
 
 BATCHES = (1, 32)
 
@@ -95,6 +96,37 @@ def measure(
         accuracy = None if y is None else float((answers == y).double().mean())
         latencies = tuple(_latency(predict, x, batch, num_warm, num_runs) for batch in batches)
     return Measured(latencies, predict.model_bytes, float(agreement), accuracy)
+
+
+def refresh_ms(
+    runtime: Runtime,
+    model: FlatModel,
+    params: Tensor,
+    calibration: Tensor,
+    *,
+    num_runs: int = 20,
+    num_threads: int = 1,
+) -> float:
+    """Return the median time from new parameters to a predictor that is ready, in milliseconds.
+
+    The network is known to the runtime already, as it is to a device that has learned for a round.
+
+    Args:
+        runtime: What is measured.
+        model: The network.
+        params: Parameters [P]; each run has others near them.
+        calibration: Inputs [n, ...] that the ranges come from.
+        num_runs: Times that count, after one that doesn't.
+        num_threads: Of torch.
+    """
+    taken_ms = []
+    with torch.no_grad(), _threads(num_threads):
+        for run in range(num_runs + 1):
+            new = params * (1 + 1e-3 * run)
+            begun = time.perf_counter()
+            runtime.prepare(model, new).calibrated(calibration)
+            taken_ms.append(1000 * (time.perf_counter() - begun))
+    return float(np.median(taken_ms[1:]))
 
 
 def _latency(predict: Predictor, x: Tensor, batch: int, num_warm: int, num_runs: int) -> Latency:

@@ -100,6 +100,7 @@ class _Session(Protocol):
 
 def _session(artefact: bytes) -> _Session:
     engine = _engine("onnxruntime")
+    engine.disable_telemetry_events()  # on Windows it has some
     options = engine.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it can't do is raised
@@ -107,6 +108,15 @@ def _session(artefact: bytes) -> _Session:
         artefact, options, providers=["CPUExecutionProvider"]
     )
     return session
+
+
+def with_facts(artefact: bytes, facts: Mapping[str, str]) -> bytes:
+    """Return an artefact that says something about itself, in ONNX's metadata."""
+    model = _engine("onnx").load_model_from_string(artefact)
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 @final

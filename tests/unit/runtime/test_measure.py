@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgelearn.runtime.measure import measure
+from edgelearn.params import FlatModel
+from edgelearn.runtime.float import FloatPredictor, FloatRuntime
+from edgelearn.runtime.measure import measure, refresh_ms
 
 
 class Counted:
@@ -55,6 +57,19 @@ def test_agreement_and_accuracy_are_counted() -> None:
     assert (same.agreement, same.accuracy) == (1.0, pytest.approx(0.9))
     other = measure(Counted(sign=-1), Counted(), x, **few)
     assert (other.agreement, other.accuracy) == (0.0, None)
+
+
+def test_each_refresh_has_new_parameters() -> None:
+    seen: list[Tensor] = []
+
+    class Noting:
+        def prepare(self, model: FlatModel, params: Tensor) -> FloatPredictor:
+            seen.append(params)
+            return FloatRuntime().prepare(model, params)
+
+    model = FlatModel(torch.nn.Linear(4, 2))
+    assert refresh_ms(Noting(), model, model.initial(), inputs(), num_runs=3) > 0
+    assert len({tuple(params.tolist()) for params in seen}) == 4
 
 
 @pytest.mark.parametrize(

@@ -266,9 +266,11 @@ def trained(model: FlatModel, world: World) -> Tensor:
     return params.detach()
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, 0.995, 0.003), (7, 0.985, 0.01)])
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_trained_on_digits_it_agrees_with_the_int8_runtime(name: str, bits: int) -> None:
+def test_trained_on_digits_it_agrees_with_the_int8_runtime(
+    name: str, bits: int, least: float, most: float
+) -> None:
     world = build(edgelearn.load("split-digits", model={"name": name, "args": {}}))
     model = world.model()
     params = trained(model, world)
@@ -280,8 +282,8 @@ def test_trained_on_digits_it_agrees_with_the_int8_runtime(name: str, bits: int)
     agreement = float((found == expected).float().mean())
     accuracies = [float((y == test.y).float().mean()) for y in (found, expected)]
     assert accuracies[1] > 0.93
-    assert agreement >= 0.995
-    assert abs(accuracies[0] - accuracies[1]) <= 0.003
+    assert agreement >= least
+    assert abs(accuracies[0] - accuracies[1]) <= most
 
 
 def test_a_run_is_served_by_it(raw: dict[str, Any]) -> None:
