@@ -8,10 +8,11 @@ Engines read such pairs as integer operators; an operator set of 2022 is enough 
 - activations: affine per tensor, unsigned 8 bits, range from calibration;
 - bias: 32 bits at scale s_x s_w.
 
-What is quantized are the network's input and what layers, sums and averages make, except logits. A
-value's range is taken behind the ReLU, max pooling and flattening that follow it: these keep the
-order of values, so they commute with clipping, and codes pass them exactly. A ReLU is then nothing
-but the clipping itself (0 is exact and the lowest code), and is left out.
+What is quantized are the network's input and what layers, sums and averages make, except logits
+(but those of a convolution). A value's range is taken behind the ReLU, max pooling and flattening
+that follow it: these keep the order of values, so they commute with clipping, and codes pass them
+exactly. A ReLU is then nothing but the clipping itself (0 is exact and the lowest code), and is
+left out.
 
 Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 2.
@@ -71,7 +72,8 @@ def points_of(network: Network) -> tuple[Point, ...]:
         carried = [value]
         while len(next_ones := consumers[carried[-1]]) == 1 and next_ones[0].kind in _PASSING:
             carried.append(next_ones[0].output)
-        if carried[-1] != network.output:
+        # Engines compute a convolution in integers only if it makes codes.
+        if carried[-1] != network.output or (maker and maker.kind == "Conv"):
             found.append(Point(value, tuple(carried)))
     return tuple(found)
 

@@ -84,6 +84,12 @@ NETWORKS = {
     "cnn": (lambda: cnn(input_shape=(1, 12, 12), num_classes=5, hidden=16), (1, 12, 12)),
     "residual": (Residual, (1, 12, 12)),
     "a layer alone": (lambda: nn.Linear(9, 4), (9,)),
+    "logits of a convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 3), nn.Flatten()
+        ),
+        (2, 8, 8),
+    ),
     "one after pooling": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3, bias=False),
@@ -388,6 +394,24 @@ def test_another_reshape_is_refused(shape: tuple[int, int]) -> None:
     model = made(Network)
     with pytest.raises(UnsupportedError, match="reshape at 'reshape'"):
         OnnxRuntime().prepare(model, model.initial()).calibrated(torch.rand(3, 4))
+
+
+def test_a_run_with_such_a_network_fails_before_its_first_round(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "wave.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def wave(*, input_shape, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))\n"
+    )
+    raw["model"] = {"name": f"{path}:wave"}
+    raw["runtime"] = {"name": "onnxruntime"}
+    rounds: list[Any] = []
+    scenario = edgelearn.scenario.load.from_dict(raw)
+    with pytest.raises(UnsupportedError, match="Tanh at '2'"):
+        edgelearn.simulate(scenario, on_round=rounds.append)
+    assert not rounds
 
 
 def test_linear_over_places_is_refused() -> None:
