@@ -81,6 +81,7 @@ def test_no_test_sample_is_looked_at(directory: Path, monkeypatch: pytest.Monkey
     assert first.store is world.train
     assert torch.equal(first.ids, second.ids)
     assert len(first.ids.unique()) == 50
+    assert int(first.ids.max()) > 0.8 * len(world.train.y)  # drawn from all, not the first ones
     held = np.concatenate([world.train_ids(np.arange(6), position)[0] for position in range(2)])
     assert set(first.ids.tolist()) <= set(held.tolist())
     assert len(calibration_samples(world, 10**6)) == len(set(held.tolist()))
