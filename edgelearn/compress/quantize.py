@@ -25,12 +25,16 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tensor]:
     """Quantize a weight [out, ...] symmetrically per output channel.
+
+    Args:
+        weight: [out, ...].
+        largest: Largest code, at most 127.
 
     Returns:
         Codes [out, ...], int8, and scales [out], float32; |w - codes * scale| <= scale / 2.
     """
-    scale = _positive(weight.reshape(len(weight), -1).abs().amax(1) / 127)
+    scale = _positive(weight.reshape(len(weight), -1).abs().amax(1) / largest)
     ratio = weight / scale.view(-1, *[1] * (weight.dim() - 1))
-    return torch.round(ratio).clamp(-127, 127).to(torch.int8), scale
+    return torch.round(ratio).clamp(-largest, largest).to(torch.int8), scale
