@@ -162,8 +162,12 @@ class Combined(ClientStrategy):
         return gradients
 
     def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
-        """Take the implicit step of each part in turn."""
-        for name, part in self.parts.items():
+        """Take the implicit step of each part in turn, declared penalties first.
+
+        What a part computes, such as putting parameters back to where they belong, is then not
+        undone by a penalty.
+        """
+        for name, part in sorted(self.parts.items(), key=lambda p: p[1].overrides("proximal")):
             params = part.proximal(params, _of(memory, name), lr=lr)
         return params
 

@@ -152,6 +152,14 @@ RUNS: dict[str, dict[str, Any]] = {
             "rounds_per_experience": 2,
         },
     },
+    "pruned": {"client": {"strategy": "pruned", "args": {"sparsity": 0.8, "initial": 0.2}}},
+    "pruned-ewc": {
+        "client": {
+            "strategy": "pruned+ewc",
+            "args": {"pruned": {"sparsity": 0.8}, "ewc": {"strength": 10.0}},
+        },
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
 }
 
 
