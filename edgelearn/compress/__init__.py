@@ -1,5 +1,6 @@
 """Making models and updates smaller.
 
-`quantize` holds integer quantization: codes, scales and zero points, as pure functions of tensors.
+`quantize` holds integer quantization: codes, scales and zero points, as pure functions of tensors;
+`prune` which weights stay, `sparse` how the rest are stored.
 Each further technique is a file of its own. What executes a compressed model is in `runtime`.
 """
