@@ -160,6 +160,17 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
     },
+    "qat": {"client": {"strategy": "qat", "args": {}}},
+    "qat-four-bits-replay": {
+        "client": {
+            "strategy": "replay+qat",
+            "args": {"replay": {"capacity": 20}, "qat": {"bits": 4}},
+        },
+    },
+    "qat-ewc": {
+        "client": {"strategy": "ewc+qat", "args": {"ewc": {"strength": 10.0}}},
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
 }
 
 
