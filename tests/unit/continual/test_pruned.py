@@ -217,6 +217,15 @@ def test_combinations_keep_the_contract(names: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [{"pattern": "2:4", "num_prunings": 0}, {"scope": "layer", "begin": 2, "every": 2}],
+)
+def test_arguments_keep_the_contract(arguments: dict[str, Any]) -> None:
+    findings = check_strategy(Pruned, **arguments)
+    assert [f for f in findings if f.passed is not True] == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity is 1\.0; allowed: 0 to less than 1"),
