@@ -25,22 +25,19 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
 
 
-def quantize_weight(weight: Tensor, *, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tensor]:
     """Quantize a weight [out, ...] symmetrically per output channel.
 
     Args:
-        weight: [out, ...], float32.
-        bits: Of a code, 2 to 8: it is at most 2^(bits - 1) - 1 in size.
+        weight: [out, ...].
+        largest: Largest code, at most 127.
 
     Returns:
         Codes [out, ...], int8, and scales [out], float32; |w - codes * scale| <= scale / 2.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits is {bits}; allowed: 2 to 8")
-    most = 2 ** (bits - 1) - 1
-    scale = _positive(weight.reshape(len(weight), -1).abs().amax(1) / most)
+    scale = _positive(weight.reshape(len(weight), -1).abs().amax(1) / largest)
     ratio = weight / scale.view(-1, *[1] * (weight.dim() - 1))
-    return torch.round(ratio).clamp(-most, most).to(torch.int8), scale
+    return torch.round(ratio).clamp(-largest, largest).to(torch.int8), scale
 
 
 def fake_quantize_weight(weight: Tensor, *, bits: int = 8) -> Tensor:
@@ -48,8 +45,14 @@ def fake_quantize_weight(weight: Tensor, *, bits: int = 8) -> Tensor:
 
     The straight-through estimator: rounding counts as the identity. As a channel's largest weight
     has the largest code, none is clipped.
+
+    Args:
+        weight: [out, ...].
+        bits: Of a code, 2 to 8; the largest is 2^(bits - 1) - 1.
     """
-    codes, scale = quantize_weight(weight.detach(), bits=bits)
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits}; allowed: 2 to 8")
+    codes, scale = quantize_weight(weight.detach(), largest=2 ** (bits - 1) - 1)
     rounded = codes.to(weight.dtype) * scale.view(-1, *[1] * (weight.dim() - 1))
     return rounded + (weight - weight.detach())  # the bracket is 0, and exactly so
 

@@ -45,7 +45,7 @@ class Pruned(ClientStrategy):
     It joins other strategies that go step by step (`pruned+ewc`, `pruned+replay`). The count needs
     a server that averages or chooses; those with steps of their own are refused. It is no way to be
     quicker: processors gain nothing from zeros in a dense matrix. It is one to be smaller
-    (`compress.sparse`).
+    (`compress.sparse_weights`).
 
     References: Zhu, Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
     compression", 2017, arXiv:1710.01878, section 3; Han, Pool, Tran, Dally, "Learning both Weights

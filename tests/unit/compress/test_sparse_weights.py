@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelearn.compress import sparse
-from edgelearn.compress.sparse import pack, sizes, unpack
+from edgelearn.compress import sparse_weights as sparse
+from edgelearn.compress.sparse_weights import pack, sizes, unpack
 from edgelearn.errors import StateError
 
 
