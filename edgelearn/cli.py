@@ -91,6 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write the report of a run again")
     report.add_argument("directory", help="run directory")
 
+    export = _command(commands, "export", _export, "write a run's model as a file for devices")
+    export.add_argument("directory", help="directory of a finished run")
+    export.add_argument("--format", choices=("onnx",), default="onnx", help="default: onnx")
+    export.add_argument("--out", metavar="FILE", help="default: model.onnx in the directory")
+    export.add_argument(
+        "--calibrate",
+        metavar="N",
+        type=int,
+        default=256,
+        dest="num_calibration",
+        help="training samples that the ranges of activations come from (default: 256)",
+    )
+    export.add_argument(
+        "--weight-bits",
+        metavar="N",
+        type=int,
+        choices=(7, 8, 32),
+        default=7,
+        help="7: exact on every processor; 8: on ARM and x86 with VNNI; 32: float (default: 7)",
+    )
+
     again = _command(
         commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"
     )
@@ -480,6 +501,30 @@ def _report(options: argparse.Namespace) -> int:
 
     directory = Path(options.directory)
     print(write_report(RunRecord.read(directory), directory))
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.num_calibration < 1:
+        print(
+            f"edgelearn export: got --calibrate {options.num_calibration}; at least 1",
+            file=sys.stderr,
+        )
+        return WRONG_USAGE
+    from edgelearn.deploy.export import export_onnx
+
+    directory = Path(options.directory)
+    done = export_onnx(
+        directory,
+        Path(options.out) if options.out else directory / f"model.{options.format}",
+        num_calibration=options.num_calibration,
+        weight_bits=options.weight_bits,
+    )
+    how = (
+        f"{options.weight_bits}-bit weights, calibrated on {done.num_calibration} training samples"
+    )
+    what = "float" if options.weight_bits == 32 else how
+    print(f"{done.path}: {done.num_bytes:,} bytes, {what}")
     return DONE
 
 

@@ -28,6 +28,7 @@ from edgelearn.scenario.world import build
 EXTRAS = {
     "native": ("edgelearn_native", "compiled training"),
     "ray": ("ray", "the ray tier"),
+    "onnxruntime": ("onnxruntime", "the runtime onnxruntime"),
     "report": ("matplotlib", "report.html"),
     "avalanche": ("avalanche", "Avalanche's strategies and benchmarks"),
     "deploy": ("cryptography", "keys and certificates of a real fleet"),

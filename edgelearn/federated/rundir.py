@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from edgelearn.device.learner import Learner
 from edgelearn.errors import StateError
 from edgelearn.federated.loop import RoundLoop
 from edgelearn.federated.record import Line, RunRecord
-from edgelearn.files import exclusive, write_atomic
+from edgelearn.files import exclusive, read_checked, write_atomic
 from edgelearn.params import Layout
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.load import load, to_toml
@@ -79,6 +81,21 @@ def write_model(directory: Path, layout: Layout, params: Tensor) -> None:
     """Write the final global parameters [P] as named tensors."""
     tensors = {name: view.contiguous() for name, view in layout.views(params).items()}
     write_atomic(directory / _MODEL, save(tensors))
+
+
+def read_model(directory: Path, layout: Layout) -> Tensor:
+    """Return the final global parameters [P] of a run.
+
+    Raises:
+        StateError: If the run is not finished, or the file is damaged or of another network.
+    """
+    path = directory / _MODEL
+    if not path.is_file():
+        raise StateError(f"{path}: the file is missing; a run writes it when it is finished")
+    try:
+        return layout.flatten(load_tensors(read_checked(path)))
+    except (SafetensorError, StateError) as error:
+        raise StateError(f"{path}: damaged or of another network: {error}") from error
 
 
 def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping[str, Any]) -> Line:

@@ -79,7 +79,11 @@ TABLE = Table(
         _row(
             "GDumb, 500", CLASS, ("gdumb", {"capacity": 500}),
             ("avalanche:GDumb", {"mem_size": 500}),
-            note="ours trains from scratch when it answers, with steps of its own",
+            note="the network that ours begins an experience with is the untrained one",
+            reason=(
+                "Avalanche resets its network too, but the adapter then loads the global "
+                "parameters over it, so theirs goes on from what it knew"
+            ),
         ),
         _row(
             "A-GEM, 200", CLASS, ("agem", {"capacity": 200, "replay_batch": 32}),

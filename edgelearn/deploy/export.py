@@ -1,0 +1,103 @@
+"""A finished run's model as one file for devices that have neither edgelearn nor torch.
+
+Ranges of activations come from training samples of the run's devices, never from test samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import edgelearn
+from edgelearn.device.learner import make_learner
+from edgelearn.errors import RunError
+from edgelearn.federated.rundir import read_model, scenario_of
+from edgelearn.files import write_atomic
+from edgelearn.runtime.onnxruntime import OnnxRuntime, with_facts
+from edgelearn.scenario.samples import Samples
+from edgelearn.scenario.world import World, build
+from edgelearn.seeds import numpy_generator
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        num_bytes: Its size.
+        num_calibration: Training samples that the ranges come from.
+        facts: What the file says about itself.
+    """
+
+    path: Path
+    num_bytes: int
+    num_calibration: int
+    facts: Mapping[str, str]
+
+
+def export_onnx(
+    directory: Path, out: Path, *, num_calibration: int = 256, weight_bits: int = 7
+) -> Exported:
+    """Write the model of a finished run as an ONNX file.
+
+    Args:
+        directory: Directory of the run.
+        out: The file; one that is there is replaced.
+        num_calibration: Training samples for the ranges, at least 1, drawn over all devices and
+            experiences; fewer if there are fewer.
+        weight_bits: 7 is exact on every processor; 8 on ARM and on x86 with VNNI; 32 is float.
+
+    Raises:
+        ExtraMissingError: If onnxruntime or onnx is not installed.
+        StateError: If the run is damaged or not finished.
+        RunError: If the network can't be written down, or no device answers with this model.
+    """
+    if num_calibration < 1:
+        raise RunError(f"{num_calibration} samples for calibration; at least 1 is needed")
+    if weight_bits == 0:
+        raise RunError("weight_bits is 0 (this processor's); name those of the device: 7, 8 or 32")
+    runtime = OnnxRuntime(weight_bits=weight_bits)
+    scenario = scenario_of(directory)
+    world = build(scenario)
+    learner = make_learner(world)
+    if learner.strategy.overrides("serve"):
+        raise RunError(
+            f"{directory}: with the client strategy {scenario.client.strategy!r} each device "
+            "answers with parameters of its own; the run's model alone is not what they serve"
+        )
+    params = read_model(directory, learner.model.layout)
+    chosen = calibration_samples(world, num_calibration)
+    artefact = runtime.prepare(learner.model, params).artefact(chosen.batch().x)
+    encoding = world.train.encoding
+    facts = {
+        "edgelearn": edgelearn.__version__,
+        "scenario": scenario.name,
+        "digest": scenario.digest,
+        "weight_bits": str(weight_bits),
+        "calibration": "none" if weight_bits == 32 else f"{len(chosen)} training samples",
+        "input": "(stored * scale - mean) / std",
+        "input.scale": repr(encoding.scale),
+        "input.mean": repr(encoding.mean),
+        "input.std": repr(encoding.std),
+    }
+    data = with_facts(artefact, facts)
+    write_atomic(out, data)
+    return Exported(out, len(data), len(chosen), facts)
+
+
+def calibration_samples(world: World, most: int) -> Samples:
+    """Draw training samples of all devices and experiences, the same for every call."""
+    devices = np.arange(len(world.train_parts))
+    positions = range(world.stream.num_experiences)
+    everything = np.unique(np.concatenate([world.train_ids(devices, p)[0] for p in positions]))
+    if not len(everything):
+        raise RunError(f"{world.scenario.name}: no device has a training sample to calibrate with")
+    generator = numpy_generator(world.scenario.seed, "export-calibration")
+    count = min(most, len(everything))
+    ids = np.sort(generator.choice(everything, count, replace=False))
+    return Samples(world.train, torch.from_numpy(ids.astype(np.int32)))

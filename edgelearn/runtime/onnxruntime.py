@@ -1,0 +1,239 @@
+"""Int8 inference by ONNX Runtime: an engine's own integer kernels, on processors of many kinds.
+
+The numbers are those of `qdq`. The graph is made once for a network; new parameters then change its
+integers, scales and biases in place, and open a new session. Batch norm is folded on copies.
+
+On x86 processors without VNNI the engine's kernels add pairs of products in 16 bits that saturate
+(255 * 127 * 2 > 2^15), which costs percents of agreement. Weights of 7 bits (codes up to 64) can't:
+255 * 64 * 2 < 2^15. So 8 bits are used where sums are exact, else 7.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgelearn.errors import ExtraMissingError
+from edgelearn.params import FlatModel
+from edgelearn.runtime.network import Folded
+from edgelearn.runtime.qdq import (
+    INPUT,
+    OUTPUT,
+    Array,
+    Template,
+    float_numbers,
+    quantized_numbers,
+    quantized_weights,
+)
+
+_LARGEST = {7: 64, 8: 127}
+_FLOAT = 32
+
+
+def exact_weight_bits(machine: str, flags: str) -> int:
+    """Return how many bits of a weight the engine's kernels multiply exactly.
+
+    Args:
+        machine: As `platform.machine()` gives it.
+        flags: The processor's flags, where Linux tells them.
+
+    Example:
+        >>> exact_weight_bits("x86_64", "sse4_2 avx2")
+        7
+        >>> exact_weight_bits("x86_64", "avx2 avx512_vnni")
+        8
+        >>> exact_weight_bits("aarch64", "")
+        8
+    """
+    is_x86 = machine.lower() in ("x86_64", "amd64", "i386", "i686", "x86")
+    has_vnni = not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.split())
+    return 7 if is_x86 and not has_vnni else 8
+
+
+def _exact_here() -> int:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return exact_weight_bits(platform.machine(), flags)
+
+
+@final
+class OnnxPredictor:
+    """One device's model in a session of ONNX Runtime, with one thread.
+
+    Attributes:
+        artefact: The file that any ONNX Runtime loads: input `input` [B, ...], output `logits`.
+    """
+
+    def __init__(self, artefact: bytes, shape: tuple[int, ...]) -> None:
+        self.artefact = artefact
+        self._session = _session(artefact)
+        self._ask(np.zeros((1, *shape), np.float32))  # the first answer would be a slow one
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the artefact."""
+        return len(self.artefact)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits [B, C]."""
+        return torch.from_numpy(self._ask(x.detach().contiguous().numpy()))
+
+    def _ask(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = self._session.run([OUTPUT], {INPUT: x})[0]
+        return logits
+
+
+class _Session(Protocol):
+    def run(self, outputs: list[str], inputs: Mapping[str, Array]) -> list[Any]: ...
+
+
+def _session(artefact: bytes) -> _Session:
+    engine = _engine("onnxruntime")
+    engine.disable_telemetry_events()  # on Windows it has some
+    options = engine.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; what it can't do is raised
+    session: _Session = engine.InferenceSession(
+        artefact, options, providers=["CPUExecutionProvider"]
+    )
+    return session
+
+
+def with_facts(artefact: bytes, facts: Mapping[str, str]) -> bytes:
+    """Return an artefact that says something about itself, in ONNX's metadata."""
+    model = _engine("onnx").load_model_from_string(artefact)
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _UncalibratedPredictor:
+    """Takes the ranges from each input when it is answered: a session for each, so slow."""
+
+    prepared: OnnxPrepared
+    model_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits [B, C]."""
+        if not len(x):
+            return torch.empty(0, self.prepared.template(tuple(x.shape[1:])).num_outputs)
+        return torch.cat([self.prepared.calibrated(row)(row) for row in torch.split(x, 1)])
+
+
+@final
+class OnnxPrepared:
+    """Folded parameters and their integers; activation ranges come from each device."""
+
+    def __init__(
+        self, runtime: OnnxRuntime, model: FlatModel, params: Tensor, *, weight_bits: int
+    ) -> None:
+        self._runtime, self._model = runtime, model
+        self._params, self._bits = params.detach().clone(), weight_bits
+        self._of: tuple[Template, Folded, dict[str, Array]] | None = None
+
+    def template(self, shape: tuple[int, ...]) -> Template:
+        """Return the graph for samples of a shape."""
+        return self._made(shape)[0]
+
+    def calibrated(self, calibration: Tensor) -> OnnxPredictor | _UncalibratedPredictor:
+        """Observe ranges (minimum and maximum) on own inputs, and open a session."""
+        artefact = self.artefact(calibration)
+        if len(calibration) or self._bits == _FLOAT:
+            return OnnxPredictor(artefact, tuple(calibration.shape[1:]))
+        return _UncalibratedPredictor(self, len(artefact))
+
+    def artefact(self, calibration: Tensor) -> bytes:
+        """Return the file of the model, calibrated on inputs [n, ...]; with none, it has no use."""
+        template, folded, weights = self._made(tuple(calibration.shape[1:]))
+        if not template.is_quantized:
+            return template.artefact(weights)
+        if len(calibration):
+            with torch.no_grad():
+                ranges = template.ranges(folded, calibration)
+        else:
+            nothing = torch.zeros(())
+            ranges = {point.name: (nothing, nothing) for point in template.points}
+        return template.artefact(quantized_numbers(template, folded, weights, ranges))
+
+    def _made(self, shape: tuple[int, ...]) -> tuple[Template, Folded, dict[str, Array]]:
+        if self._of is None or self._of[0].shape != shape:
+            template = self._runtime.template(self._model, shape)
+            folded = template.network.folded(self._model, self._params)
+            if template.is_quantized:
+                weights = quantized_weights(folded, largest=_LARGEST[self._bits])
+            else:
+                weights = float_numbers(template.network, folded)
+            self._of = template, folded, weights
+        return self._of
+
+
+@final
+class OnnxRuntime:
+    """Serve int8 weights and activations with ONNX Runtime; see the module.
+
+    Networks that it can serve are those of `edgelearn.runtime.network`; any other raises
+    `UnsupportedError` when it is first calibrated, and nothing is served in float instead.
+
+    Args:
+        weight_bits: 8 or 7; 0 takes 8 where this processor multiplies them exactly, else 7; 32
+            serves the float network, as a yardstick for the same engine.
+
+    Raises:
+        ValueError: If `weight_bits` is anything else.
+        ExtraMissingError: If onnxruntime or onnx is not installed.
+
+    Example:
+        >>> model = FlatModel(nn.Linear(4, 2))
+        >>> predict = OnnxRuntime().prepare(model, model.initial()).calibrated(torch.rand(8, 4))
+        >>> predict(torch.rand(3, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, *, weight_bits: int = 0) -> None:
+        if weight_bits not in (0, *_LARGEST, _FLOAT):
+            raise ValueError(
+                f"weight_bits is {weight_bits}; allowed are 0 (by processor), 7, 8, 32"
+            )
+        for package in ("onnxruntime", "onnx"):
+            _engine(package)  # now, not in the middle of a run
+        self.weight_bits = weight_bits or _exact_here()
+        self._templates: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Template]]
+        self._templates = WeakKeyDictionary()
+
+    def prepare(self, model: FlatModel, params: Tensor) -> OnnxPrepared:
+        """Take parameters [P]; they are folded and quantized once."""
+        return OnnxPrepared(self, model, params, weight_bits=self.weight_bits)
+
+    def template(self, model: FlatModel, shape: tuple[int, ...]) -> Template:
+        """Return the graph of a network for samples of a shape; made once.
+
+        Raises:
+            UnsupportedError: If the network has an operator that is not supported.
+        """
+        known = self._templates.setdefault(model.module, {})
+        if shape not in known:
+            known[shape] = Template.of(model, shape, is_quantized=self.weight_bits != _FLOAT)
+        return known[shape]
+
+
+def _engine(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        raise ExtraMissingError(
+            package=package, extra="onnxruntime", needed_for="the runtime 'onnxruntime'"
+        ) from error

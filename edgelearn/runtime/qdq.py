@@ -1,0 +1,331 @@
+"""Networks as ONNX graphs: float ones, and int8 ones in the form quantize-dequantize (QDQ).
+
+An int8 graph says which values are 8-bit codes: each passes a QuantizeLinear and a DequantizeLinear
+with its scale and zero point, weights and biases are stored as integers behind a DequantizeLinear.
+Engines read such pairs as integer operators; an operator set of 2022 is enough (opset 17).
+
+- weights: symmetric per output channel, w_q = clip(round(w / s_w), -c, c), s_w = max|w| / c;
+- activations: affine per tensor, unsigned 8 bits, range from calibration;
+- bias: 32 bits at scale s_x s_w.
+
+What is quantized are the network's input and what layers, sums and averages make, except logits
+(but those of a convolution). A value's range is taken behind the ReLU, max pooling and flattening
+that follow it: these keep the order of values, so they commute with clipping, and codes pass them
+exactly. A ReLU is then nothing but the clipping itself (0 is exact and the lowest code), and is
+left out.
+
+Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.params import FlatModel
+from edgelearn.runtime.network import Folded, Network, Operator, UnsupportedError
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = NDArray[Any]
+Ranges = Mapping[str, tuple[Tensor, Tensor]]  # lowest and highest, by point
+
+INPUT, OUTPUT = "input", "logits"
+_OPSET, _IR_VERSION = 17, 8
+_PASSING = ("Relu", "Clip", "MaxPool", "Flatten")  # they keep the order of values
+_CLIPPING = ("Relu", "Clip")
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value that becomes codes, and what becomes of it while it only passes on.
+
+    Attributes:
+        name: The value where it is made.
+        carried: The values that have its scale: it, and those behind operators that pass it on.
+    """
+
+    name: str
+    carried: tuple[str, ...]
+
+
+def points_of(network: Network) -> tuple[Point, ...]:
+    """Return what is quantized in a network."""
+    consumers = network.consumers()
+    makers = {step.output: step for step in network.operators}
+    found = []
+    for value in (network.input, *makers):
+        maker = makers.get(value)
+        if maker and maker.kind in _PASSING and len(consumers[maker.inputs[0]]) == 1:
+            continue  # it has the scale of what it was made of
+        carried = [value]
+        while len(next_ones := consumers[carried[-1]]) == 1 and next_ones[0].kind in _PASSING:
+            carried.append(next_ones[0].output)
+        # Engines compute a convolution in integers only if it makes codes.
+        if carried[-1] != network.output or (maker and maker.kind == "Conv"):
+            found.append(Point(value, tuple(carried)))
+    return tuple(found)
+
+
+@final
+@dataclass(frozen=True)
+class Template:
+    """An ONNX graph without numbers, made once for an architecture.
+
+    Attributes:
+        network: What it computes.
+        shape: Of one sample.
+        num_outputs: Logits, C.
+        sizes: Of each layer's weight.
+        is_quantized: Whether in integers.
+    """
+
+    network: Network
+    shape: tuple[int, ...]
+    num_outputs: int
+    sizes: Mapping[str, tuple[int, ...]]
+    is_quantized: bool
+
+    @classmethod
+    def of(cls, model: FlatModel, shape: tuple[int, ...], *, is_quantized: bool) -> Template:
+        """Make the template of a network.
+
+        Args:
+            model: The network.
+            shape: Of one sample.
+            is_quantized: Whether in integers.
+
+        Raises:
+            UnsupportedError: If the network has an operator that is not supported.
+        """
+        network = Network.of(model, shape)
+        with torch.no_grad():
+            folded = network.folded(model, model.initial())
+            logits = network.evaluate(folded, torch.zeros(1, *shape))[network.output]
+        if logits.dim() != 2:
+            raise UnsupportedError(f"the network gives {tuple(logits.shape)}, not [B, C]")
+        sizes = {name: tuple(weight.shape) for name, (weight, _) in folded.items()}
+        return cls(network, shape, logits.shape[1], sizes, is_quantized)
+
+    @cached_property
+    def points(self) -> tuple[Point, ...]:
+        """What is quantized."""
+        return points_of(self.network) if self.is_quantized else ()
+
+    def ranges(self, folded: Folded, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the range of each point for inputs [n, ...] of the float network."""
+        values = self.network.evaluate(folded, x)
+        found = {}
+        for point in self.points:
+            low, high = torch.aminmax(values[point.carried[-1]])
+            found[point.name] = (low, high)
+        return found
+
+    def artefact(self, numbers: Mapping[str, Array]) -> bytes:
+        """Write numbers into the graph and return the file's bytes.
+
+        Raises:
+            ValueError: If a number is missing, or its type or shape is another.
+        """
+        for slot in self._graph.graph.initializer:
+            value = numbers[slot.name]
+            if value.dtype != _type_of(slot.data_type) or value.shape != tuple(slot.dims):
+                raise ValueError(
+                    f"{slot.name} is {value.dtype} {value.shape}, the graph has "
+                    f"{_type_of(slot.data_type)} {tuple(slot.dims)}"
+                )
+            slot.raw_data = np.ascontiguousarray(value).tobytes()
+        data: bytes = self._graph.SerializeToString(deterministic=True)
+        return data
+
+    @cached_property
+    def _graph(self) -> onnx.ModelProto:
+        return _Writer(self).write()
+
+
+def _type_of(data_type: int) -> np.dtype[Any]:
+    from onnx import helper
+
+    return helper.tensor_dtype_to_np_dtype(data_type)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def _prefix(name: str) -> str:
+    """Return what stands before the names of a layer's tensors, as torch has them."""
+    return f"{name}." if name else ""
+
+
+def float_numbers(network: Network, folded: Folded) -> dict[str, Array]:
+    """Return the numbers of a float graph."""
+    numbers: dict[str, Array] = dict(_CLIP_LIMITS) if _clips(network) else {}
+    for name, (weight, bias) in folded.items():
+        numbers[f"{_prefix(name)}weight"] = weight.numpy()
+        numbers[f"{_prefix(name)}bias"] = bias.numpy()
+    return numbers
+
+
+def quantized_weights(folded: Folded, *, largest: int) -> dict[str, Array]:
+    """Return codes and scales of all weights."""
+    numbers: dict[str, Array] = {}
+    for name, (weight, _) in folded.items():
+        codes, scale = quantize_weight(weight, largest=largest)
+        numbers[f"{_prefix(name)}weight"] = codes.numpy()
+        numbers[f"{_prefix(name)}weight.scale"] = scale.numpy()
+        numbers[f"{_prefix(name)}weight.zero"] = np.zeros(len(scale), np.int8)
+    return numbers
+
+
+def quantized_numbers(
+    template: Template, folded: Folded, weights: Mapping[str, Array], ranges: Ranges
+) -> dict[str, Array]:
+    """Return all numbers of an int8 graph.
+
+    Args:
+        template: The graph.
+        folded: Weights and biases, float.
+        weights: Codes and scales of the weights.
+        ranges: Of the points.
+    """
+    numbers: dict[str, Array] = {**weights}
+    if _clips(template.network):
+        numbers |= _CLIP_LIMITS
+    input_scale: dict[str, Tensor] = {}
+    for point in template.points:
+        scale, zero = activation_scale(*ranges[point.name])
+        numbers[f"{point.name}.scale"] = scale.numpy()
+        numbers[f"{point.name}.zero"] = zero.to(torch.uint8).numpy()
+        input_scale |= dict.fromkeys(point.carried, scale)
+    for step in template.network.operators:
+        if step.layer is None:
+            continue
+        prefix, (weight, bias) = _prefix(step.name), folded[step.name]
+        weight_scale = torch.from_numpy(weights[f"{prefix}weight.scale"])
+        unit = input_scale[step.inputs[0]].double() * weight_scale.double()
+        # A 32-bit sum must not overflow, whatever the inputs are.
+        most = _MOST - 255 * 127 * weight[0].numel()
+        codes = torch.round(bias.double() / unit).clamp(-most, most)
+        numbers[f"{prefix}bias"] = codes.to(torch.int32).numpy()
+        numbers[f"{prefix}bias.scale"] = unit.float().numpy()
+        numbers[f"{prefix}bias.zero"] = np.zeros(len(unit), np.int32)
+    return numbers
+
+
+_CLIP_LIMITS: Mapping[str, Array] = {
+    "clip.low": np.array(0, np.float32),
+    "clip.high": np.array(6, np.float32),
+}
+
+
+def _clips(network: Network) -> bool:
+    return any(step.kind == "Clip" for step in network.operators)
+
+
+# -- the graph -------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes one graph; initializers have types and shapes, and get their numbers later."""
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+        self._nodes: list[onnx.NodeProto] = []
+        self._slots: list[onnx.TensorProto] = []
+        self._names: dict[str, str] = {}  # of values in the graph
+        self._at = {name: point for point in template.points for name in point.carried}
+
+    def write(self) -> onnx.ModelProto:
+        from onnx import TensorProto, checker, helper
+
+        template, network = self._template, self._template.network
+        for point in template.points:
+            self._slot(f"{point.name}.scale", TensorProto.FLOAT, ())
+            self._slot(f"{point.name}.zero", TensorProto.UINT8, ())
+        if _clips(network):
+            for name in _CLIP_LIMITS:
+                self._slot(name, TensorProto.FLOAT, ())
+        self._made(network.input, INPUT)
+        for step in network.operators:
+            self._write(step)
+        self._node("Identity", [self._names[network.output]], OUTPUT)
+        batch = "batch"
+        x = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *template.shape])
+        y = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch, template.num_outputs])
+        graph = helper.make_graph(self._nodes, "edgelearn", [x], [y], self._slots)
+        model = helper.make_model(
+            graph,
+            producer_name="edgelearn",
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            ir_version=_IR_VERSION,
+        )
+        checker.check_model(model)
+        return model
+
+    def _write(self, step: Operator) -> None:
+        if step.kind in _CLIPPING and step.output in self._at:
+            point = self._at[step.output]
+            if step.output != point.name:  # the codes are clipped already
+                self._names[step.output] = self._names[step.inputs[0]]
+                return
+        taken = [self._names[name] for name in step.inputs]
+        if step.layer is not None:
+            taken += self._parameters(step)
+        elif step.kind == "Clip":
+            taken += list(_CLIP_LIMITS)
+        made = f"{step.output}.value"
+        self._node(step.kind, taken, made, **step.attributes)
+        self._made(step.output, made)
+
+    def _made(self, value: str, tensor: str) -> None:
+        """Note where a value is; as codes and back, if it is quantized."""
+        self._names[value] = tensor
+        if value in self._at:
+            parameters = [f"{self._at[value].name}.{leaf}" for leaf in ("scale", "zero")]
+            self._node("QuantizeLinear", [tensor, *parameters], f"{value}.codes")
+            self._node("DequantizeLinear", [f"{value}.codes", *parameters], f"{value}.coded")
+            self._names[value] = f"{value}.coded"
+
+    def _parameters(self, step: Operator) -> list[str]:
+        from onnx import TensorProto
+
+        prefix, weight = _prefix(step.name), self._template.sizes[step.name]
+        bias = weight[:1]
+        if not self._template.is_quantized:
+            self._slot(f"{prefix}weight", TensorProto.FLOAT, weight)
+            self._slot(f"{prefix}bias", TensorProto.FLOAT, bias)
+            return [f"{prefix}weight", f"{prefix}bias"]
+        found = []
+        kinds = {"weight": (TensorProto.INT8, weight), "bias": (TensorProto.INT32, bias)}
+        for leaf, (kind, shape) in kinds.items():
+            name = f"{prefix}{leaf}"
+            self._slot(name, kind, shape)
+            self._slot(f"{name}.scale", TensorProto.FLOAT, bias)
+            # Zeros, without which ONNX Runtime would compute a Gemm in float.
+            self._slot(f"{name}.zero", kind, bias)
+            parameters = [f"{name}.scale", f"{name}.zero"]
+            self._node("DequantizeLinear", [name, *parameters], f"{name}.value", axis=0)
+            found.append(f"{name}.value")
+        return found
+
+    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        from onnx import helper
+
+        self._nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))
+
+    def _slot(self, name: str, kind: int, shape: tuple[int, ...]) -> None:
+        from onnx import TensorProto
+
+        data = np.zeros(shape, _type_of(kind)).tobytes()
+        self._slots.append(TensorProto(name=name, data_type=kind, dims=shape, raw_data=data))
