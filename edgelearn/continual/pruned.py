@@ -40,7 +40,10 @@ class Pruned(ClientStrategy):
     model has the code 0 there. The update is -global where a weight is first pruned, and 0 from
     then on. In a faithful federation the global weights are then exactly 0. In a fused one the mean
     of equal updates may leave dust of rounding in the server's own copy, far below a millionth of
-    the largest weight, which no device trains from or serves.
+    the largest weight, which no device trains from or serves. All this is with updates that
+    arrive as they were sent: where something between loses part of them, the server keeps small
+    weights instead of zeros. Devices then still agree, but which weights are the smallest may
+    change.
 
     It joins other strategies that go step by step (`pruned+ewc`, `pruned+replay`). The count needs
     a server that averages or chooses; those with steps of their own are refused. It is no way to be
