@@ -193,6 +193,10 @@ class FlatModel:
         Returns:
             Logits [B, C].
         """
+        return self.forward(params, x)
+
+    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the module, as a call does; what a network changes about that goes here."""
         # As torch.func.functional_call does, without its 0.5 ms of bookkeeping.
         views = self.layout.views(params)
         before = [slots[leaf] for slots, leaf, _ in self._places]

@@ -38,3 +38,31 @@ def quantize_weight(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tens
     scale = _positive(weight.reshape(len(weight), -1).abs().amax(1) / largest)
     ratio = weight / scale.view(-1, *[1] * (weight.dim() - 1))
     return torch.round(ratio).clamp(-largest, largest).to(torch.int8), scale
+
+
+def fake_quantize_weight(weight: Tensor, *, bits: int = 8) -> Tensor:
+    """Return a weight [out, ...] as its codes stand for it, with the gradient of the weight.
+
+    The straight-through estimator: rounding counts as the identity. As a channel's largest weight
+    has the largest code, none is clipped.
+
+    Args:
+        weight: [out, ...].
+        bits: Of a code, 2 to 8; the largest is 2^(bits - 1) - 1.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits}; allowed: 2 to 8")
+    codes, scale = quantize_weight(weight.detach(), largest=2 ** (bits - 1) - 1)
+    rounded = codes.to(weight.dtype) * scale.view(-1, *[1] * (weight.dim() - 1))
+    return rounded + (weight - weight.detach())  # the bracket is 0, and exactly so
+
+
+def fake_quantize_activation(x: Tensor) -> Tensor:
+    """Return activations as unsigned 8-bit codes over their own range stand for them.
+
+    One range for all of `x`, 0 included; the gradient is that of `x`, straight through.
+    """
+    own = x.detach()
+    step, zero = activation_scale(own.amin(), own.amax())
+    rounded = (torch.round(own / step).add(zero).clamp(0, 255) - zero) * step
+    return rounded + (x - own)

@@ -127,6 +127,12 @@ class Combined(ClientStrategy):
         trained = self.parts[name].fit(replace(task, memory=_of(task.memory, name)))
         return replace(trained, memory=_with(task.memory, name, trained.memory))
 
+    def view(self, model: FlatModel) -> FlatModel:
+        """Return the network as each part shows it to the next."""
+        for part in self.parts.values():
+            model = part.view(model)
+        return model
+
     def extend(self, batch: Batch, memory: Memory, generator: Generator) -> Batch:
         """Change the batch, in each part."""
         for name, part in self.parts.items():
@@ -162,8 +168,12 @@ class Combined(ClientStrategy):
         return gradients
 
     def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
-        """Take the implicit step of each part in turn."""
-        for name, part in self.parts.items():
+        """Take the implicit step of each part in turn, declared penalties first.
+
+        What a part computes, such as putting parameters back to where they belong, is then not
+        undone by a penalty.
+        """
+        for name, part in sorted(self.parts.items(), key=lambda p: p[1].overrides("proximal")):
             params = part.proximal(params, _of(memory, name), lr=lr)
         return params
 
@@ -230,6 +240,7 @@ class _Once(FlatModel):
 
     def __init__(self, model: FlatModel) -> None:
         self.__dict__.update(model.__dict__)
+        self._asked = model
         self._answers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, params: Tensor, x: Tensor) -> Tensor:
@@ -239,6 +250,9 @@ class _Once(FlatModel):
         answer = super().__call__(params, x)
         self._answers.append((params, x, answer))
         return answer
+
+    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+        return self._asked.forward(params, x)
 
 
 def _replays(part: ClientStrategy) -> bool:

@@ -7,8 +7,9 @@ compiled ones included, can run it. A device calls
 
 1. `start` when an experience begins,
 2. `enter` in each round, with the global parameters, and asks `is_frozen`: then 3 is left out,
-3. for each step `extend`, `gradient` (by default that of `loss`), `adjust`, the optimizer's step,
-   `proximal`, `after_step`; a strategy that has no such steps overrides `fit` instead,
+3. for each step `extend`, `gradient` (by default that of `loss`) of the network as `view` shows it,
+   `adjust`, the optimizer's step, `proximal`, `after_step`; a strategy that has no such steps
+   overrides `fit` instead,
 4. `leave` in each round, with what came of it, and `upload` on what it is about to send,
 5. `finish` once, when the experience has ended, on the final **global** parameters. Never at each
    round: that would add an anchor to EWC in every round, and pin it to half-learned parameters,
@@ -129,7 +130,7 @@ def supervised_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 ROUND_HOOKS = ("enter", "is_frozen", "fit", "leave")
-STEP_HOOKS = ("extend", "gradient", "loss", "adjust", "proximal", "after_step")
+STEP_HOOKS = ("view", "extend", "gradient", "loss", "adjust", "proximal", "after_step")
 
 
 class ClientStrategy:
@@ -223,6 +224,15 @@ class ClientStrategy:
         Such a strategy trains device by device; of the hooks for steps none is called.
         """
         raise NotImplementedError(f"{type(self).__name__} trains step by step")
+
+    def view(self, model: FlatModel) -> FlatModel:
+        """Return the network as `gradient` and `loss` are to see it: the network itself by default.
+
+        For methods that change what a network makes of its parameters and inputs, such as fake
+        quantization, whatever the loss is. What it returns overrides `FlatModel.forward`, shares
+        everything with the network, and keeps nothing. Such a strategy trains device by device.
+        """
+        return model
 
     def extend(self, batch: Batch, memory: Memory, generator: Generator) -> Batch:
         """Change the batch of a step; by default it is joined by what `rehearsal` declares."""

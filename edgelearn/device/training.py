@@ -88,7 +88,8 @@ class Training:
         return trained
 
     def _written_out(self, samples: Samples) -> Stack | None:
-        if any(map(self.strategy.overrides, ("gradient", "loss"))) or self.spec.optimizer != "sgd":
+        is_own = any(map(self.strategy.overrides, ("view", "gradient", "loss")))
+        if is_own or self.spec.optimizer != "sgd":
             return None
         stack = stack_of(self.model, samples.store.sample_shape)
         return stack if stack is not None and stack.is_linear else None
@@ -127,6 +128,7 @@ class Training:
         local, carried = params.clone(), params.clone()
         model.carry(carried)  # apart from `local`, since a forward pass writes into it
         model.module.train()
+        seen = strategy.view(model)
         current = local[: model.layout.num_trained].requires_grad_()
         optimizer = make_optimizer(spec, current)
         total, count, passed = 0.0, 0, 0
@@ -135,9 +137,9 @@ class Training:
             for step in steps:
                 batch, memory = step.batch, step.memory
                 if has_own_gradient:
-                    loss, gradients = strategy.gradient(model, current.detach(), batch, memory)
+                    loss, gradients = strategy.gradient(seen, current.detach(), batch, memory)
                 else:
-                    loss = strategy.loss(model, current, batch, memory)
+                    loss = strategy.loss(seen, current, batch, memory)
                     (gradients,) = torch.autograd.grad(loss, current)
                 with torch.no_grad():
                     memory = after.move(optimizer, current, gradients, memory)

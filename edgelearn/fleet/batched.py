@@ -65,7 +65,7 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return obstacle
     if learner.strategy.overrides("upload"):
         return f"{type(learner.strategy).__name__} changes what a device sends"
-    if any(map(learner.strategy.overrides, (*ROUND_HOOKS, "gradient"))):
+    if any(map(learner.strategy.overrides, (*ROUND_HOOKS, "view", "gradient"))):
         return f"{type(learner.strategy).__name__} does more in a round than steps"
     if layout.size != layout.num_trained:
         return "some of the network's tensors are not trained by gradient"

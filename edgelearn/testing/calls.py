@@ -33,6 +33,7 @@ _RETURNS: dict[str, type] = {
     "enter": tuple,
     "is_frozen": bool,
     "fit": Trained,
+    "view": FlatModel,
     "extend": Batch,
     "gradient": tuple,
     "loss": Tensor,
@@ -179,13 +180,13 @@ def walk(
             done = do("fit", task=LocalTask(model, local, memory, data, spec, seed))
             local, memory = done.params, done.memory
         else:
-            current = local[:num_trained]
+            current, seen = local[:num_trained], do("view", model=model)
             for step in range(steps):
                 size = spec.batch_size
                 batch = data.batch(slice(step * size % len(data), step * size % len(data) + size))
                 batch = do("extend", batch=batch, memory=memory, generator=generator)
                 hook = "gradient" if strategy.overrides("gradient") else "loss"
-                _, gradients = do(hook, model=model, params=current, batch=batch, memory=memory)
+                _, gradients = do(hook, model=seen, params=current, batch=batch, memory=memory)
                 gradients = do("adjust", gradients=gradients, params=current, memory=memory)
                 before, current = current, current - lr * gradients
                 current = do("proximal", params=current, memory=memory, lr=lr)

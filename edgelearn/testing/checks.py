@@ -196,7 +196,7 @@ def seeded(subject: Subject) -> str:
 
 def stacked(subject: Subject) -> str:
     """Devices can be trained as one stack."""
-    for hook in ("fit", "gradient"):
+    for hook in ("fit", "view", "gradient"):
         if _overrides(subject, hook):
             raise Skipped(f"it runs device by device, since it has a `{hook}` of its own")
     start, devices = subject.learner.model.initial(), subject.new_devices()

@@ -152,6 +152,26 @@ RUNS: dict[str, dict[str, Any]] = {
             "rounds_per_experience": 2,
         },
     },
+    "pruned": {"client": {"strategy": "pruned", "args": {"sparsity": 0.8, "initial": 0.2}}},
+    "pruned-ewc": {
+        "client": {
+            "strategy": "pruned+ewc",
+            "args": {"pruned": {"sparsity": 0.8}, "ewc": {"strength": 10.0}},
+        },
+        "stream": {"kind": "domain-incremental", "rounds_per_experience": 2},
+    },
+    # Few rounds: a sum that differs in its last bit may round to another code, and it spreads.
+    "qat": {
+        "client": {"strategy": "ewc+qat", "args": {"ewc": {"strength": 10.0}}},
+        "stream": {"kind": "domain-incremental", "num_experiences": 2, "rounds_per_experience": 2},
+    },
+    "qat-four-bits-replay": {
+        "client": {
+            "strategy": "replay+qat",
+            "args": {"replay": {"capacity": 20}, "qat": {"bits": 4}},
+        },
+        "stream": {"num_experiences": 3, "rounds_per_experience": 1},
+    },
 }
 
 
