@@ -60,7 +60,7 @@ def decode_vector(record: ArrayRecord) -> Tensor:
 
 def encode_message(message: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Return what a codec made of an update as named arrays."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(v)) for name, v in message.items()})
+    return ArrayRecord({name: Array(np.asarray(v, order="C")) for name, v in message.items()})
 
 
 def decode_message(record: ArrayRecord, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from edgelearn.continual.strategy import Update
 from edgelearn.device.fleet_store import RecordFile
-from edgelearn.device.learner import RESIDUAL, make_learner
+from edgelearn.device.learner import RESIDUAL, Fit, make_learner
 from edgelearn.errors import RunError, ScenarioError
 from edgelearn.federated import by_message
 from edgelearn.federated import messages as wire
@@ -202,10 +205,6 @@ def test_who_has_nothing_to_send_keeps_what_it_held_back(small: Make) -> None:
     learner = make_learner(world)
     held = torch.arange(learner.model.layout.size, dtype=torch.float32)
     state = learner.initial_state(world.train)
-    from dataclasses import replace
-
-    from edgelearn.continual.strategy import Update  # beside what it is put into
-    from edgelearn.device.learner import Fit
 
     state = replace(state, memory=state.memory.replace(**{RESIDUAL: held}))
     zeros = learner.model.layout.views(torch.zeros_like(held))
@@ -368,25 +367,19 @@ CODECS_THAT_FAIL = """
 def test_a_codec_cannot_send_what_it_does_not_declare(
     tmp_path: Path, name: str, reason: str, engine: str
 ) -> None:
-    import textwrap
-
     path = tmp_path / "own.py"
     path.write_text(textwrap.dedent(CODECS_THAT_FAIL))
+    scenario = toy_scenario(wire={"codec": f"{path}:{name}"})
     for federation in ("faithful", "fused"):
         with pytest.raises(RunError, match="every device of the cohort failed") as caught:
-            scenario = toy_scenario(wire={"codec": f"{path}:{name}"})
             simulate(scenario, engine=engine, federation=federation)
         assert reason in str(caught.value)
         assert "secret" not in str(caught.value)
 
 
 def test_an_update_beyond_half_precision_is_rejected_by_name(tmp_path: Path) -> None:
-    class Large:
-        pass
-
     path = tmp_path / "large.py"
     path.write_text(
-        "from edgelearn.continual.naive import Naive\n"
         "from edgelearn import ClientStrategy\n"
         "from edgelearn.continual.strategy import Update\n\n\n"
         "class Large(ClientStrategy):\n"
@@ -396,7 +389,7 @@ def test_an_update_beyond_half_precision_is_rejected_by_name(tmp_path: Path) -> 
     for federation in ("faithful", "fused"):
         scenario = toy_scenario(wire={"codec": "float16"}, client={"strategy": f"{path}:Large"})
         record = simulate(scenario, federation=federation)
-        (reasons,) = ({p["reason"] for line in record.rounds for p in line["problems"]},)
+        reasons = {p["reason"] for line in record.rounds for p in line["problems"]}
         assert reasons == {"the update is not finite"}
         assert all(line["outcomes"]["rejected"] == 4 for line in record.rounds)
 
