@@ -160,7 +160,7 @@ class TopK(Codec):
 
 @final
 class RandomK(Codec):
-    """Sends numbers of each tensor that are drawn at random, with error feedback or unbiased.
+    """Sends numbers of each tensor that are drawn at random, unbiased or with error feedback.
 
     Where they are need not be sent: both sides draw the same places from one 8-byte word. Without
     error feedback what is sent is multiplied by n / k, which makes the mean exact and the error up
@@ -168,7 +168,7 @@ class RandomK(Codec):
     their rounding.
     """
 
-    def __init__(self, share: float = 0.1, values: str = "float32", feedback: bool = True) -> None:
+    def __init__(self, share: float = 0.1, values: str = "float32", feedback: bool = False) -> None:
         """Choose how much is sent.
 
         Args:

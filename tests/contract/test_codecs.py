@@ -24,7 +24,7 @@ ARGUMENTS = [
     ("top-k", {"share": 1.0, "feedback": False}),
     ("random-k", {"share": 0.3, "feedback": False}),
     ("random-k", {"share": 0.5, "values": "int8", "feedback": False}),
-    ("random-k", {"share": 0.01, "values": "int8"}),
+    ("random-k", {"share": 0.01, "values": "int8", "feedback": True}),
 ]
 
 

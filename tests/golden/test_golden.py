@@ -152,6 +152,8 @@ RUNS: dict[str, dict[str, Any]] = {
             "rounds_per_experience": 2,
         },
     },
+    "wire-int4": {"wire": {"codec": "int4"}},
+    "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
 }
 
 

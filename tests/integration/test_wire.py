@@ -32,7 +32,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int4": {"block": 64},
     "top-k": {"share": 0.1},
-    "random-k": {"share": 0.2, "values": "int8"},
+    "random-k": {"share": 0.2, "values": "int8", "feedback": True},
 }
 DIFFERS = {"wall_s", "cpu_s", "engine", "updates_per_s"}
 
@@ -90,8 +90,9 @@ def test_it_goes_with_any_client_strategy(
         bytes_up[name] = record.rounds[0]["bytes_up"]
     assert bytes_up["coded"] < 0.5 * bytes_up["plain"]
     assert 0 < distance(tmp_path / "coded", tmp_path / "plain") < 0.5
-    simulate(scenario, out=tmp_path / "workers", engine="pool", num_workers=2)
-    simulate(scenario, out=tmp_path / "alone", engine="reference")
+    how = "faithful" if strategy == "replay" else "fused"
+    simulate(scenario, out=tmp_path / "workers", engine="pool", num_workers=2, federation=how)
+    simulate(scenario, out=tmp_path / "alone", engine="reference", federation=how)
     assert (tmp_path / "workers" / "model.safetensors").read_bytes() == (
         tmp_path / "alone" / "model.safetensors"
     ).read_bytes()

@@ -25,9 +25,10 @@ CODECS = [
     TopK(0.3),
     TopK(0.3, values="int8"),
     RandomK(0.4, feedback=False),
-    RandomK(0.4, values="int8"),
+    RandomK(0.4, values="int8", feedback=True),
     RandomK(0.2, values="int8", feedback=False),
 ]
+FED_BACK = [TopK(0.2), RandomK(0.2, feedback=True), TopK(0.2, values="int8")]
 
 
 def layout_of(sizes: list[int]) -> Layout:
@@ -65,7 +66,11 @@ def test_bits_come_back(answers: np.ndarray) -> None:
     assert packing.unpack_bits(packed, len(answers)).tolist() == answers.tolist()
 
 
-@given(st.data(), SIZES, st.sampled_from([TopK(0.2), RandomK(0.2), TopK(0.2, values="int8")]))
+@given(
+    st.data(),
+    SIZES,
+    st.sampled_from([TopK(0.2), RandomK(0.2, feedback=True), TopK(0.2, values="int8")]),
+)
 def test_with_feedback_what_was_sent_and_what_is_left_is_all_there_was(
     data: st.DataObject, sizes: list[int], codec: Codec
 ) -> None:

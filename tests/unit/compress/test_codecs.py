@@ -123,7 +123,7 @@ def test_top_k_keeps_more_than_its_share_of_the_energy(share: float) -> None:
 
 
 def test_random_k_draws_other_places_each_time_and_the_same_on_both_sides() -> None:
-    update, codec = normal(), RandomK(0.1)
+    update, codec = normal(), RandomK(0.1, feedback=True)
     found = [codec.decode(LAYOUT, codec.encode(LAYOUT, update, seeded(s))) for s in range(2)]
     for one in found:
         sent = one != 0
@@ -134,7 +134,7 @@ def test_random_k_draws_other_places_each_time_and_the_same_on_both_sides() -> N
 
 
 def test_random_k_without_feedback_scales_what_it_sends() -> None:
-    update, codec = normal(), RandomK(0.1, feedback=False)
+    update, codec = normal(), RandomK(0.1)
     found = codec.decode(LAYOUT, codec.encode(LAYOUT, update, seeded()))
     sent = found != 0
     factor = torch.cat([torch.full((300,), 10.0), torch.full((7,), 7.0)])
