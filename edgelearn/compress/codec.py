@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgelearn import plugins
-from edgelearn.errors import Fault, PluginError, ScenarioError, StateError
+from edgelearn.errors import DivergenceError, Fault, PluginError, ScenarioError, StateError
 from edgelearn.params import Layout
 from edgelearn.seeds import torch_generator
 
@@ -124,7 +124,15 @@ def make_codec(reference: str, arguments: Mapping[str, Any]) -> Codec | None:
 def encoded(
     codec: Codec, layout: Layout, update: Tensor, *, seed: int, server_round: int, device: int
 ) -> dict[str, Tensor]:
-    """Encode an update [P]; the same one gives the same message in every process."""
+    """Encode an update [P]; the same one gives the same message in every process.
+
+    Raises:
+        DivergenceError: If a number is not finite: it would stay in a residual for ever.
+    """
+    if not bool(torch.isfinite(update).all()):
+        raise DivergenceError(
+            f"device {device}, round {server_round}: its update is not finite, so it is not encoded"
+        )
     generator = torch_generator(seed, "wire", server_round, device)
     return dict(codec.encode(layout, update, generator))
 

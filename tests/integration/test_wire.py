@@ -395,6 +395,32 @@ def test_an_update_beyond_half_precision_is_rejected_by_name(tmp_path: Path) -> 
         assert all(line["outcomes"]["rejected"] == 4 for line in record.rounds)
 
 
+@pytest.mark.parametrize("codec", ["int8", "top-k"])
+def test_an_update_that_is_not_finite_is_not_encoded(tmp_path: Path, codec: str) -> None:
+    """Once in the residual, it would be in every later update."""
+    path = tmp_path / "once.py"
+    path.write_text(
+        "from edgelearn import ClientStrategy\n"
+        "from edgelearn.continual.strategy import Update\n\n\n"
+        "class Once(ClientStrategy):\n"
+        "    def upload(self, update, samples, memory):\n"
+        "        if not bool((samples.labels == 0).any()):  # it has them in the first experience\n"
+        "            return update\n"
+        "        arrays = {n: v / 0 for n, v in update.arrays.items()}\n"
+        "        return Update(arrays, update.metrics)\n"
+    )
+    clients = {"strategy": f"{path}:Once"}
+    for federation in ("faithful", "fused"):
+        scenario = toy_scenario(
+            wire={"codec": codec}, client=clients, stream={"order": "per-device"}, seed=1
+        )
+        rounds = simulate(scenario, federation=federation).rounds
+        reasons = [p["reason"] for line in rounds for p in line["problems"]]
+        assert reasons
+        assert all("its update is not finite" in reason for reason in reasons)
+        assert sum(line["outcomes"]["ok"] for line in rounds) + len(reasons) == 16
+
+
 def test_unknown_codecs_are_named() -> None:
     with pytest.raises(ScenarioError, match=r"unknown name 'int9', did you mean|allowed: none"):
         toy_scenario(wire={"codec": "int9"})
