@@ -20,6 +20,8 @@ from edgelearn.errors import Fault, PluginError, nearest
 
 CLIENT_STRATEGIES = "edgelearn.client_strategies"
 RUNTIMES = "edgelearn.runtimes"
+CODECS = "edgelearn.codecs"
+NO_CODEC = "none"  # updates are sent as they are; nobody else can have that name
 DATASETS = "edgelearn.datasets"
 MODELS = "edgelearn.models"
 AVALANCHE = "avalanche:"  # before the names of Avalanche's strategies and plug-ins

@@ -1,5 +1,9 @@
 """Making models and updates smaller.
 
-`quantize` holds integer quantization: codes, scales and zero points, as pure functions of tensors.
+`quantize` holds integer quantization of a model: codes, scales and zero points, as pure functions
+of tensors. `codec` is what encodes updates for the wire (base class, and how a scenario's is made);
+`half`, `quantized` and `sparse` are such codecs, over `blocks` (stochastic quantization) and
+`packing`. Write another as a class with `pieces`, `encode`, `decode` and `error`, and name it in
+the entry-point group `edgelearn.codecs`.
 Each further technique is a file of its own. What executes a compressed model is in `runtime`.
 """

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgelearn.compress.codec import Codec, decoded, encoded, make_codec
 from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import (
     Declaration,
@@ -33,6 +34,9 @@ from edgelearn.seeds import derive, split, torch_generator
 # Names in the memory of a device that finds boundaries by itself: the detector's state, and the
 # parameters that it had when it last took part, after training.
 DETECTOR, FORMER = "boundary-detector", "boundary-former"
+
+# What a codec with error feedback has not sent so far [P].
+RESIDUAL = "wire-residual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Learner:
         facts: What the strategy may know before data arrives.
         seed: The run's seed.
         detector: Finds the boundaries of experiences; None if devices are told of them.
+        codec: Makes updates smaller; None if they are sent as they are.
     """
 
     model: FlatModel
@@ -104,6 +109,7 @@ class Learner:
     facts: Facts
     seed: int
     detector: Detector | None = None
+    codec: Codec | None = None
     declaration: Declaration = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +132,8 @@ class Learner:
         if self.detector is not None:
             declaration[DETECTOR] = TensorSpec((self.detector.size,), torch.float64)
             declaration[FORMER] = TensorSpec((self.model.layout.size,))
+        if self.codec is not None and self.codec.keeps_residual:
+            declaration[RESIDUAL] = TensorSpec((self.model.layout.size,))
         object.__setattr__(self, "declaration", declaration)
 
     def initial_state(self, store: SampleStore | None = None) -> DeviceState:
@@ -212,6 +220,36 @@ class Learner:
         if self.strategy.overrides("upload"):
             update = self._plain(self.strategy.upload(update, samples, memory))
         return Fit(new, update, trained.num_samples)
+
+    def encode(self, fit: Fit, *, server_round: int, device: int) -> Fit:
+        """Return what is sent in place of an update that the guard has admitted.
+
+        With error feedback the device's residual joins the update, and what the message leaves out
+        is the new residual. An update that counts nothing is not aggregated: the residual stays.
+
+        Args:
+            fit: The outcome of training, as `fit` returned it.
+            server_round: Round, from 1; part of the seed.
+            device: Index of the device; part of the seed.
+
+        Returns:
+            The same with a message for an update; as it was if there is no codec.
+        """
+        if self.codec is None:
+            return fit
+        layout, memory = self.model.layout, fit.state.memory
+        update = layout.flatten(fit.update.arrays)
+        is_fed_back = self.codec.keeps_residual and fit.update.metrics["num-examples"] != 0
+        if is_fed_back:
+            update = update + memory[RESIDUAL]
+        message = encoded(
+            self.codec, layout, update, seed=self.seed, server_round=server_round, device=device
+        )
+        if is_fed_back:
+            left_out = update - decoded(self.codec, layout, message)
+            memory = memory.replace(**{RESIDUAL: left_out})
+        state = replace(fit.state, memory=memory)
+        return replace(fit, state=state, update=Update(message, fit.update.metrics))
 
     def consolidate(
         self, state: DeviceState, params: Tensor, data: DeviceData, *, upto: int
@@ -435,4 +473,5 @@ def make_learner(world: World) -> Learner:
         ),
         seed=world.scenario.seed,
         detector=detector,
+        codec=make_codec(world.scenario.wire.codec, world.scenario.wire.args),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +81,13 @@ class ResidentDevice:
         self._store, self._device = store, device
 
     def fit(
-        self, params: Tensor, *, position: int, server_round: int, proximal_mu: float = 0.0
+        self,
+        params: Tensor,
+        *,
+        position: int,
+        server_round: int,
+        proximal_mu: float = 0.0,
+        admit: Callable[[Update], None] | None = None,
     ) -> tuple[Update, Stored]:
         """Train on the experience at a position; the same question gets the same answer.
 
@@ -90,9 +96,11 @@ class ResidentDevice:
             position: Where the device is in its stream.
             server_round: Round, from 1.
             proximal_mu: FedProx's mu.
+            admit: The guard's look at an update before it is encoded; raises if it may not leave.
 
         Returns:
-            What is to be sent, once the guard has admitted it, and the new state.
+            What is to be sent (what the scenario's codec made, if there is one), once the guard has
+            admitted it, and the new state.
         """
         stored, question = self._load(), _fingerprint(params)
         last = stored.answer
@@ -108,6 +116,9 @@ class ResidentDevice:
                 server_round=server_round,
                 proximal_mu=proximal_mu,
             )
+            if admit is not None:
+                admit(fit.update)
+            fit = self._learner.encode(fit, server_round=server_round, device=self._device)
         answer = Answer(server_round, question, fit.update)
         return fit.update, self._forget(replace(stored, state=fit.state, answer=answer), data)
 

@@ -132,7 +132,7 @@ class ByCohort:
         # On the wire a model travels tensor by tensor; here it is one array, which is quicker.
         arrays = wire.encode_params(run.layout, torch.zeros(run.layout.size))
         self._bytes_of_model = arrays.count_bytes()
-        self._bytes_of_update = wire.num_bytes(wire.reply_content(metrics, arrays))
+        self._bytes_of_update = wire.num_bytes(wire.reply_content(metrics, run.empty_update()))
         zeros = [0] * run.stream.num_experiences
         schema = egress.evaluate_schema(run.stream.num_experiences)
         counts = {**dict.fromkeys(schema.scalars, 0), **dict.fromkeys(schema.counts, zeros)}

@@ -121,10 +121,10 @@ class ByMessage:
         """Classify a reply; return it with local parameters in place of the update."""
         if reply.has_error():
             return Outcome.of_error(reply.error.code), reply.error.reason or "", reply
-        layout = self._run.layout
+        run = self._run
         try:
             self._metrics_of_fit.admit({}, wire.metrics_of(reply))
-            delta = wire.decode_params(layout, wire.arrays_of(reply))
+            delta = run.update_in(wire.arrays_of(reply))
         except EdgelearnError as error:
             return _reject(reply, str(error))
         if not bool(torch.isfinite(delta).all()):
@@ -135,7 +135,7 @@ class ByMessage:
         if int(wire.metrics_of(reply).get("num-examples", 0)) == 0:
             return Outcome.IDLE, "", reply
         content = RecordDict(dict(reply.content))
-        content[next(iter(reply.content.array_records))] = wire.as_local(layout, params, delta)
+        content[next(iter(reply.content.array_records))] = wire.as_local(run.layout, params, delta)
         reply.content = content
         return Outcome.OK, "", reply
 

@@ -125,18 +125,25 @@ def _train(message: Message, context: Context) -> Message:
     from edgelearn.federated import messages as wire
 
     task = _Task(message, context)
+    wire.check_decoder(task.config, task.codec_name)
+    trained = egress.fit_schema(task.layout, detects=task.detects)
+    sent = egress.sent_schema(task.codec, task.layout, detects=task.detects)
     with task.device() as device:
         update, stored = device.fit(
             task.params,
             position=task.position,
             server_round=task.server_round,
             proximal_mu=wire.number_in(task.config, "proximal-mu", 0.0),
+            admit=lambda found: trained.admit(found.arrays, found.metrics),
         )
-        egress.fit_schema(task.layout, detects=task.detects).admit(update.arrays, update.metrics)
-        values = task.layout.flatten(update.arrays)
-        if task.config.get("edgelearn-wire") != "delta":
-            values = task.params + values
-        arrays = wire.encode_params(task.layout, values)
+        sent.admit(update.arrays, update.metrics)
+        if task.codec is not None:
+            arrays = wire.encode_message({n: v.numpy() for n, v in update.arrays.items()})
+        else:
+            values = task.layout.flatten(update.arrays)
+            if task.config.get("edgelearn-wire") != "delta":
+                values = task.params + values
+            arrays = wire.encode_params(task.layout, values)
         reply = Message(wire.reply_content(update.metrics, arrays), reply_to=message)
         device.commit(stored)
     return reply
@@ -189,6 +196,7 @@ class _Task:
         wire.check_digest(self.config, self._digest, self._index)
         self.layout = self._learner.model.layout
         self.detects = self._learner.detector is not None
+        self.codec, self.codec_name = self._learner.codec, self._world.scenario.wire.codec
         self.params = wire.decode_params(self.layout, wire.arrays_of(message))
         self.server_round = int(wire.number_in(self.config, "server-round", 1))
         default = self._world.stream.position(max(self.server_round, 1))

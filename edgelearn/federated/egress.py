@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import edgelearn
+from edgelearn.compress.codec import Codec
 from edgelearn.errors import EdgelearnError, EgressError, StrategyError, nearest
 from edgelearn.params import Layout
 
@@ -37,14 +38,16 @@ class Schema:
     """What a reply may hold; it must hold all of it.
 
     Attributes:
-        arrays: Tensor name -> shape; all float32.
+        arrays: Tensor name -> shape.
         scalars: Metric name -> int (a count, from 0 to 2**53) or float (finite).
         counts: Metric name -> length of a list of non-negative whole numbers.
+        dtypes: Tensor name -> dtype, where that is not float32.
     """
 
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     scalars: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def admit(self, arrays: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Let a reply pass.
@@ -54,7 +57,8 @@ class Schema:
         """
         _same_names("tensor", arrays, self.arrays)
         for name, shape in self.arrays.items():
-            _check_tensor(name, arrays[name], shape)
+            dtype = self.dtypes.get(name, torch.float32)
+            _check_tensor(name, arrays[name], shape, dtype)
         _same_names("metric", metrics, {**self.scalars, **self.counts})
         for name, kind in self.scalars.items():
             _check_scalar(name, metrics[name], kind)
@@ -83,6 +87,25 @@ def fit_schema(layout: Layout, *, detects: bool = False) -> Schema:
     return Schema(
         arrays=dict(zip(layout.names, layout.shapes, strict=True)),
         scalars=fit_metrics(detects=detects),
+    )
+
+
+def sent_schema(codec: Codec | None, layout: Layout, *, detects: bool = False) -> Schema:
+    """Return what crosses the wire after training: a codec's message in place of the update.
+
+    What `fit_schema` describes is checked before it is encoded, this afterwards.
+    """
+    if codec is None:
+        return fit_schema(layout, detects=detects)
+    return replace(message_schema(codec, layout), scalars=fit_metrics(detects=detects))
+
+
+def message_schema(codec: Codec, layout: Layout) -> Schema:
+    """Return what a codec's messages hold."""
+    pieces = codec.pieces(layout)
+    return Schema(
+        arrays={name: piece.shape for name, piece in pieces.items()},
+        dtypes={name: piece.dtype for name, piece in pieces.items()},
     )
 
 
@@ -141,12 +164,12 @@ def _same_names(what: str, found: Mapping[str, Any], declared: Mapping[str, Any]
         raise _refusal(f"the declared {what} {missing[0]!r} is missing")
 
 
-def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_tensor(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
         raise _refusal(f"{name!r} is not a tensor", found=type(value).__name__)
-    if tuple(value.shape) != tuple(shape) or value.dtype != torch.float32:
+    if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
         raise _refusal(
-            f"the tensor {name!r} is not {tuple(shape)} torch.float32, as declared",
+            f"the tensor {name!r} is not {tuple(shape)} {dtype}, as declared",
             found=f"{tuple(value.shape)} {value.dtype}",
         )
 

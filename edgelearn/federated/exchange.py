@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
+from edgelearn.compress.codec import Codec, decoded
 from edgelearn.errors import EdgelearnError, RunError
 from edgelearn.federated import messages as wire
 from edgelearn.federated.record import Line
@@ -30,7 +31,7 @@ from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.stream import Stream
 from edgelearn.seeds import derive
 
-from flwr.app import ConfigRecord  # isort: skip
+from flwr.app import ArrayRecord, ConfigRecord  # isort: skip
 from flwr.serverapp.strategy import Strategy  # isort: skip
 
 Counts = NDArray[np.int64]
@@ -176,12 +177,14 @@ class Run:
         stream: Its stream.
         layout: Layout of the parameters.
         strategy: Flower's strategy, freshly built.
+        codec: How updates come; None if as they are.
     """
 
     scenario: Scenario
     stream: Stream
     layout: Layout
     strategy: Strategy
+    codec: Codec | None = None
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -195,6 +198,23 @@ class Run:
     def instruction(self, server_round: int, position: int) -> ConfigRecord:
         """Return the config of an instruction."""
         return wire.instruction(digest=self.digest, server_round=server_round, position=position)
+
+    def update_in(self, record: ArrayRecord) -> Tensor:
+        """Return the update [P] that a device's reply holds.
+
+        Raises:
+            StateError: If it holds none.
+        """
+        if self.codec is None:
+            return wire.decode_params(self.layout, record)
+        message = wire.decode_message(record, self.codec.pieces(self.layout))
+        return decoded(self.codec, self.layout, message)
+
+    def empty_update(self) -> ArrayRecord:
+        """Return a reply's arrays, as many bytes as any device sends."""
+        if self.codec is None:
+            return wire.encode_params(self.layout, torch.zeros(self.layout.size))
+        return wire.empty_message(self.codec.pieces(self.layout))
 
     @contextmanager
     def hook(self, name: str, server_round: int, *, samples_only: bool = False) -> Iterator[None]:

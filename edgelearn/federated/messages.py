@@ -3,7 +3,8 @@
 An instruction holds the global parameters as one ArrayRecord, and a ConfigRecord with the round,
 the position in the stream and the scenario's digest. A reply holds one MetricRecord and, after
 training, one ArrayRecord: local - global where the config asks for it (edgelearn's own loop does),
-the local parameters as any Flower strategy expects them where it does not.
+as it is or as the scenario's codec encodes it; the local parameters as any Flower strategy expects
+them where the config does not.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
-from edgelearn.errors import StateError
+from edgelearn.compress.codec import Piece
+from edgelearn.errors import RunError, StateError
 from edgelearn.params import Layout
+from edgelearn.plugins import NO_CODEC
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # isort: skip
 
@@ -53,6 +56,44 @@ def encode_vector(params: Tensor) -> ArrayRecord:
 def decode_vector(record: ArrayRecord) -> Tensor:
     """Return the vector [P] of `encode_vector`."""
     return torch.from_numpy(_decoded(record[_VECTOR]).astype(np.float32, copy=False))
+
+
+def encode_message(message: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Return what a codec made of an update as named arrays."""
+    return ArrayRecord({name: Array(np.asarray(v, order="C")) for name, v in message.items()})
+
+
+def decode_message(record: ArrayRecord, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    """Return the tensors of a codec's message.
+
+    Args:
+        record: What came over the wire.
+        pieces: What the codec declares; nothing else is read.
+
+    Raises:
+        StateError: If names, shapes or dtypes are others, or the bytes are not such an array.
+    """
+    if set(record) != set(pieces):
+        raise StateError(f"the message's tensors are not those declared: {', '.join(pieces)}")
+    return {name: _piece(name, record[name], piece) for name, piece in pieces.items()}
+
+
+def _piece(name: str, array: Array, piece: Piece) -> Tensor:
+    wanted = f"{tuple(piece.shape)} {piece.dtype}"
+    try:
+        value = torch.from_numpy(_decoded(array))
+    except (ValueError, TypeError, EOFError) as error:
+        raise StateError(f"{name!r} of the message is no array {wanted}: {error}") from error
+    if tuple(value.shape) != tuple(piece.shape) or value.dtype != piece.dtype:
+        found = f"{tuple(value.shape)} {value.dtype}"
+        raise StateError(f"{name!r} of the message is {found}; declared: {wanted}")
+    return value
+
+
+def empty_message(pieces: Mapping[str, Piece]) -> ArrayRecord:
+    """Return a message of zeros: as many bytes as any other of its codec."""
+    zeros = {name: torch.zeros(p.shape, dtype=p.dtype).numpy() for name, p in pieces.items()}
+    return encode_message(zeros)
 
 
 def _encoded(values: NDArray[np.float32]) -> Array:
@@ -134,6 +175,19 @@ def check_digest(config: ConfigRecord, digest: str, device: int) -> None:
         raise StateError(
             f"device {device} has the scenario {digest}, the server runs {theirs!r}; "
             "give both the same file"
+        )
+
+
+def check_decoder(config: ConfigRecord, codec: str) -> None:
+    """Refuse a server that can't decode what devices send: one without edgelearn's loop.
+
+    Raises:
+        RunError: If it asks for parameters where the scenario has a codec.
+    """
+    if codec != NO_CODEC and config.get("edgelearn-wire") != "delta":
+        raise RunError(
+            f"the scenario's codec is {codec!r}, and this server does not decode updates: use "
+            'edgelearn\'s own loop, or set wire.codec to "none"'
         )
 
 

@@ -116,7 +116,7 @@ def serve(
         fleet = NetworkFleet(
             grid, scenario, run=run, wait_s=wait_s, round_timeout_s=round_timeout_s
         )
-        whole = Run(scenario, world.stream, learner.model.layout, strategy)
+        whole = Run(scenario, world.stream, learner.model.layout, strategy, learner.codec)
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,

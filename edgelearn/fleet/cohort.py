@@ -20,7 +20,7 @@ from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Integers, 
 from edgelearn.params import Layout
 from edgelearn.scenario.world import World
 
-from flwr.app import Error, Message  # isort: skip
+from flwr.app import ArrayRecord, Error, Message  # isort: skip
 
 _PHASES = {
     wire.FIT: Phase.FIT,
@@ -168,6 +168,8 @@ class CohortExecutor:
         device = message.metadata.dst_node_id - 1
         wire.check_digest(config, self._digest, device)
         phase = _PHASES[message.metadata.message_type]
+        if phase is Phase.FIT:
+            wire.check_decoder(config, self._world.scenario.wire.codec)
         server_round = int(wire.number_in(config, "server-round", 1))
         default = self._world.stream.position(max(server_round, 1))
         position = int(wire.number_in(config, "position", default))
@@ -221,9 +223,7 @@ class CohortExecutor:
             return Delivery(Error(compat.ErrorCode.RAISED, done.error))
         arrays = None
         if job.phase is Phase.FIT:
-            as_delta = wire.config_of(message).get("edgelearn-wire") == "delta"
-            values = update if as_delta else params + update
-            arrays = wire.encode_params(self._layout, values)
+            arrays = self._arrays(message, done, update, params)
         content = wire.reply_content(done.metrics, arrays)
         profile = self._profiles[job.device]
         down, up = wire.num_bytes(message.content), wire.num_bytes(content)
@@ -232,6 +232,15 @@ class CohortExecutor:
         train_s = profile.train_s(3 * self._flops_per_sample * done.num_samples)
         self.energy_j += profile.energy_j(train_s=train_s, num_bytes=down + up)
         return Delivery(content, transfer_s + train_s)
+
+    def _arrays(
+        self, instruction: Message, done: Done, update: Tensor, params: Tensor
+    ) -> ArrayRecord:
+        """Return what a device's reply holds: what its codec made, or what was asked for."""
+        if done.message is not None:
+            return wire.encode_message(done.message)
+        as_delta = wire.config_of(instruction).get("edgelearn-wire") == "delta"
+        return wire.encode_params(self._layout, update if as_delta else params + update)
 
 
 def rows_in_memory(size: int) -> int:

@@ -73,6 +73,7 @@ class Done:
         norm: Euclidean norm of the update.
         error: Why it failed; None if it did not.
         died: Whether its process died, so that what it was writing can't be trusted.
+        message: What the codec made of the update, by name; None if it is sent as it is.
     """
 
     row: int
@@ -83,6 +84,7 @@ class Done:
     norm: float = 0.0
     error: str | None = None
     died: bool = False
+    message: Mapping[str, NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ class CohortDone:
         errors: Row -> why it failed.
         died: Rows whose process died.
         alarms: Row -> how often the device noticed a change, where it did.
+        messages: Row -> what the codec made of the update, where there is one.
     """
 
     num_examples: Integers
@@ -173,6 +176,7 @@ class CohortDone:
     errors: dict[int, str] = field(default_factory=dict)
     died: set[int] = field(default_factory=set)
     alarms: dict[int, int] = field(default_factory=dict)
+    messages: dict[int, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, cohort: CohortFit) -> CohortDone:
@@ -198,6 +202,8 @@ class CohortDone:
         self.norms[row] = done.norm
         if num_alarms := int(done.metrics.get("num-alarms", 0)):
             self.alarms[row] = num_alarms
+        if done.message is not None:
+            self.messages[row] = done.message
         if done.progress is not None:
             self.progress[row] = done.progress
         if done.checksum is not None:
@@ -211,6 +217,7 @@ class CohortDone:
         self.errors.update({rows[i]: reason for i, reason in part.errors.items()})
         self.died.update(rows[i] for i in part.died)
         self.alarms.update({rows[i]: number for i, number in part.alarms.items()})
+        self.messages.update({rows[i]: message for i, message in part.messages.items()})
 
     def of(self, index: int, row: int) -> Done:
         """Return one device's result, as that of a job with a row of its own."""
@@ -225,7 +232,8 @@ class CohortDone:
         begun, consolidated = self.progress[index].tolist()
         checksum = self.checksums.get(index)
         passed, norm = int(self.num_samples[index]), float(self.norms[index])
-        return Done(row, metrics, (begun, consolidated), checksum, passed, norm)
+        progress, message = (begun, consolidated), self.messages.get(index)
+        return Done(row, metrics, progress, checksum, passed, norm, message=message)
 
 
 def failure(job: Job, error: Exception) -> Done:
@@ -251,7 +259,8 @@ class Engine(Protocol):
         Args:
             jobs: One per device, rows 0..K-1.
             params: Global parameters [P].
-            updates: Where the updates go [K, P], float32: row k is that of the job with row k.
+            updates: Where the updates go [K, P], float32: row k is that of the job with row k; with
+                a codec, what the server decodes.
 
         Returns:
             One result per job, in the order of the jobs. A job that fails is a result with an

@@ -210,7 +210,7 @@ def _run_on_one_thread(
             learner.model.layout,
             flops_per_sample=plan.flops_per_sample,
         )
-        whole = Run(scenario, world.stream, learner.model.layout, setup.strategy)
+        whole = Run(scenario, world.stream, learner.model.layout, setup.strategy, learner.codec)
         exchange: Exchange = ByMessage(whole, fleet.grid, fleet)
         if setup.is_fused:
             exchange = ByCohort(whole, fleet)

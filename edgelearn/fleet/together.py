@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelearn.compress.codec import Codec, decoded, encoded
 from edgelearn.device.fleet_store import RecordFile, RecordLayout
 from edgelearn.device.learner import Learner, refuse_divergence
 from edgelearn.errors import DivergenceError
@@ -18,6 +20,8 @@ from edgelearn.federated import egress
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Phase
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split_all
+
+_log = logging.getLogger(__name__)  # a simulated device's own log
 
 DETECTS = "devices look for boundaries of experiences themselves"
 Run = Callable[[Sequence[Job], Tensor, Tensor], list[Done]]
@@ -45,6 +49,8 @@ Train = Callable[[CohortFit, Tensor, Tensor], Trained]
 def not_declared(learner: Learner) -> str | None:
     """Return why local training is not plain SGD with what a strategy declares; None if it is."""
     strategy = learner.strategy
+    if (reason := feeds_back(learner)) is not None:
+        return reason
     if learner.detector is not None:
         return DETECTS
     if not strategy.is_declared or strategy.overrides("upload"):
@@ -54,6 +60,13 @@ def not_declared(learner: Learner) -> str | None:
     if learner.spec.steps:
         return f"a round has {learner.spec.steps} steps instead of whole epochs"
     return None
+
+
+def feeds_back(learner: Learner) -> str | None:
+    """Return why a codec needs devices one by one; None if it doesn't."""
+    if learner.codec is None or not learner.codec.keeps_residual:
+        return None
+    return f"{type(learner.codec).__name__} keeps what it did not send (error feedback)"
 
 
 def open_memories(world: World, learner: Learner, store_path: Path) -> RecordFile:
@@ -105,6 +118,11 @@ def fit(
             row, loss = int(rows[index]), float(found.loss[index])
             done.errors[row] = _divergence(int(cohort.devices[row]), cohort.server_round, loss)
             target[index] = 0
+        if learner.codec is not None:
+            for index, row in enumerate(rows.tolist()):
+                if row not in done.errors:
+                    update = target[index]
+                    found.norms[index] = _send(learner, learner.codec, update, cohort, row, done)
         if not whole:
             updates[torch.from_numpy(rows)] = target
         well = np.array([row not in done.errors for row in rows.tolist()])
@@ -140,6 +158,35 @@ def run(
         updates[torch.from_numpy(rows)] = own
         done |= {job.row: found.of(index, job.row) for index, job in enumerate(fits)}
     return [done[job.row] for job in jobs]
+
+
+def _send(
+    learner: Learner, codec: Codec, update: Tensor, cohort: CohortFit, row: int, done: CohortDone
+) -> float:
+    """Encode a device's update [P], and put what the server decodes in its place.
+
+    Returns:
+        The norm of that.
+    """
+    layout, device = learner.model.layout, int(cohort.devices[row])
+    try:
+        message = encoded(
+            codec,
+            layout,
+            update,
+            seed=learner.seed,
+            server_round=cohort.server_round,
+            device=device,
+        )
+        egress.message_schema(codec, layout).admit(message, {})
+        update.copy_(decoded(codec, layout, message))
+    except Exception as error:
+        _log.warning("device %d: %s: %s", device, type(error).__name__, error)
+        done.errors[row] = egress.reason_of(error)
+        update.zero_()
+        return 0.0
+    done.messages[row] = {name: value.numpy() for name, value in message.items()}
+    return float(update.norm())
 
 
 def _as_cohort(jobs: Sequence[Job]) -> CohortFit:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from edgelearn.compress.codec import decoded
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
 from edgelearn.device.learner import DeviceState, make_learner
@@ -56,15 +57,17 @@ class Workbench:
             world.scenario.fleet.num_devices,
         )
         self._prepared: tuple[int, Prepared] | None = None
-        layout = self._learner.model.layout
+        layout, codec = self._learner.model.layout, self._learner.codec
+        detects = self._learner.detector is not None
+        self._sent = egress.sent_schema(codec, layout, detects=detects)
         self._schemas = {
-            Phase.FIT: egress.fit_schema(layout, detects=self._learner.detector is not None),
+            Phase.FIT: egress.fit_schema(layout, detects=detects),
             Phase.CONSOLIDATE: egress.consolidate_schema(),
             Phase.EVALUATE: egress.evaluate_schema(world.stream.num_experiences),
         }
 
     def perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
-        """Do one job; `update` [P] takes what the device sends.
+        """Do one job; `update` [P] takes what the server gets.
 
         Whatever goes wrong is this device's failure, not the run's.
         """
@@ -116,10 +119,20 @@ class Workbench:
             proximal_mu=job.proximal_mu,
         )
         schema.admit(fit.update.arrays, fit.update.metrics)
-        for name, view in self._learner.model.layout.views(update).items():
-            view.copy_(fit.update.arrays[name])
+        layout, codec, message = self._learner.model.layout, self._learner.codec, None
+        if codec is None:
+            for name, view in layout.views(update).items():
+                view.copy_(fit.update.arrays[name])
+        else:
+            fit = self._learner.encode(fit, server_round=job.server_round, device=job.device)
+            self._sent.admit(fit.update.arrays, fit.update.metrics)
+            update.copy_(decoded(codec, layout, fit.update.arrays))
+            message = {name: value.numpy() for name, value in fit.update.arrays.items()}
         kept, norm = self._keep(job, state, fit.state), float(update.norm())
-        return Done(job.row, fit.update.metrics, *kept, num_samples=fit.num_samples, norm=norm)
+        passed = fit.num_samples
+        return Done(
+            job.row, fit.update.metrics, *kept, num_samples=passed, norm=norm, message=message
+        )
 
     def _state(self, job: Job) -> DeviceState:
         if job.read_slot == UNWRITTEN:

@@ -171,6 +171,8 @@ def _check_reference(value: str, group: str, fault: Any) -> Any:
         if group == plugins.SERVER_STRATEGIES:  # Flower knows its own names, once imported
             return value
         offered = plugins.names(group)
+        if group == plugins.CODECS:
+            offered = (plugins.NO_CODEC, *offered)
         if value not in offered:
             return fault(
                 f"unknown name {value!r}{nearest(value, offered)}; allowed: "

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from edgelearn.plugins import AVALANCHE
+from edgelearn.plugins import AVALANCHE, CODECS, NO_CODEC
 
 PARTITIONS = ("iid", "dirichlet", "shards", "user")
 STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-instances")
@@ -201,6 +201,14 @@ class ServerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WireSpec:
+    """`[wire]`: how updates travel to the server."""
+
+    codec: str = _rule("name, module:Class or file.py:Class", NO_CODEC, plugins=CODECS)
+    args: Mapping[str, Any] = _table("arguments of the codec")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeSpec:
     """`[runtime]`: the model that a device answers with."""
 
@@ -232,6 +240,7 @@ class Scenario:
     labels: LabelSpec = field(default_factory=LabelSpec)
     client: ClientSpec
     server: ServerSpec = field(default_factory=ServerSpec)
+    wire: WireSpec = field(default_factory=WireSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
 

@@ -293,7 +293,12 @@ def test_a_network_of_processes_ends_where_the_simulator_does(fleet: Fleet, tmp_
 
 @pytest.mark.slow
 def test_a_device_that_was_restarted_still_remembers(fleet: Fleet, tmp_path: Path) -> None:
-    overrides = BASE | {"stream.rounds_per_experience": 1, "evaluate.every_rounds": 1, "seed": 1}
+    overrides = BASE | {
+        "stream.rounds_per_experience": 1,
+        "evaluate.every_rounds": 1,
+        "seed": 1,
+        "wire.codec": "top-k",
+    }
     out = fleet.root / "second"
     run = fleet.submit(overrides, out)
     fleet.wait_for(run, "finished:completed", out, "devices")  # the first experience is over
@@ -303,6 +308,7 @@ def test_a_device_that_was_restarted_still_remembers(fleet: Fleet, tmp_path: Pat
     state = fleet.stored(1)
     assert state["progress"][1] == 1
     assert state["samples.used"].sum() >= CAPACITY
+    assert state["memory.wire-residual"].any()
     fleet.start_node(1)
     run = fleet.submit(overrides, out)  # the same run directory: the run goes on
     fleet.wait_for(run, "finished:completed", out, "end")

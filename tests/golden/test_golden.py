@@ -172,6 +172,8 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         "stream": {"num_experiences": 3, "rounds_per_experience": 1},
     },
+    "wire-int4": {"wire": {"codec": "int4"}},
+    "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
 }
 
 

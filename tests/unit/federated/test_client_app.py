@@ -89,8 +89,24 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
         {"stream.kind": "task-incremental", "server.strategy": "FedProx", "fleet.cohort": 1},
         {"client.strategy": "replay+scaffold", "client.args": {}},
         {"client.strategy": "fedcurv+fedper", "client.args": {}},
+        {"wire.codec": "int4"},
+        {
+            "wire.codec": "top-k",
+            "wire.args": {"values": "int8"},
+            "client.strategy": "scaffold",
+            "client.args": {},
+        },
     ],
-    ids=["replay", "ewc", "rotated", "tasks", "control variates", "curvature and heads"],
+    ids=[
+        "replay",
+        "ewc",
+        "rotated",
+        "tasks",
+        "control variates",
+        "curvature and heads",
+        "4 bits",
+        "error feedback",
+    ],
 )
 def test_same_bits_as_the_simulator(tmp_path: Path, overrides: dict[str, Any]) -> None:
     config = run_config(tmp_path / "state", out=str(tmp_path / "real"), overrides=overrides)
@@ -169,6 +185,48 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
         again = serve(fleet(config), config)
         assert again.lines == record.lines
+
+
+def test_it_does_so_with_what_was_not_sent_yet(tmp_path: Path) -> None:
+    """A device that is asked once more sends the same message, and its residual moves on once."""
+    codec = {"wire.codec": "top-k", "fleet.cohort": 4}
+    config = run_config(tmp_path / "state", out=str(tmp_path / "out"), overrides=codec)
+    serve(fleet(config), config)
+    expected = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(bool(state["memory.wire-residual"].any()) for state in states(tmp_path / "state"))
+    for stop_at in (3, 5):
+        out = tmp_path / f"out-{stop_at}"
+        config = run_config(tmp_path / f"state-{stop_at}", out=str(out), overrides=codec)
+        grid = fleet(config)
+        pushes, push = 0, grid.push_messages
+
+        def dies(messages: Any, push: Any = push, stop_at: int = stop_at) -> Any:
+            nonlocal pushes
+            pushes += 1
+            ids = push(messages)
+            if pushes == stop_at:
+                raise KeyboardInterrupt
+            return ids
+
+        grid.push_messages = dies  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            serve(grid, config)
+        assert serve(fleet(config), config).is_complete
+        resumed = load_file(out / "model.safetensors")
+        assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_server_that_cannot_decode_is_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "state", overrides={"wire.codec": "int8"})
+    model = build(scenario_of(config)).model()
+    strategy = FedAvg(fraction_train=1.0, min_train_nodes=4, min_available_nodes=4)
+    result = strategy.start(
+        fleet(config),
+        initial_arrays=wire.encode_params(model.layout, model.initial()),
+        num_rounds=1,
+    )
+    assert not result.train_metrics_clientapp
+    assert not states(tmp_path / "state")  # nobody has trained for nothing
 
 
 def test_any_flower_strategy_runs_without_our_loop(tmp_path: Path) -> None:

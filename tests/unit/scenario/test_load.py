@@ -404,6 +404,8 @@ OTHER = {  # another valid value for each key of a scenario
     "server.strategy": "FedAdam",
     "server.args": {"x": 1},
     "server.max_update_norm": 3.0,
+    "wire.codec": "int8",
+    "wire.args": {"x": 1},
     "runtime.name": "float",
     "runtime.args": {"x": 1},
     "runtime.num_calibration": 3,
