@@ -79,7 +79,7 @@ FEDAVG: tuple[Mapping[str, Any], ...] = (
     {"partition": "iid", "batch_size": 10, "epochs": 5, "lr": 0.1, "num_rounds": 30},
     {"partition": "shards", "batch_size": ALL, "epochs": 1, "lr": 0.3, "num_rounds": 600},
     {"partition": "shards", "batch_size": 10, "epochs": 1, "lr": 0.1, "num_rounds": 350},
-    {"partition": "shards", "batch_size": 10, "epochs": 5, "lr": 0.03, "num_rounds": 150},
+    {"partition": "shards", "batch_size": 10, "epochs": 5, "lr": 0.1, "num_rounds": 150},
 )
 # Rounds to 97 % on MNIST in table 1, for the same network, C = 0.1 and E = 1, by partition and
 # whether the batch is all.
