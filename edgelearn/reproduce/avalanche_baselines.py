@@ -26,7 +26,7 @@ def _row(
     client: dict[str, Any],
     strategy: str,
     args: dict[str, Any] | None = None,
-    **texts: str,
+    **texts: Any,
 ) -> Row:
     return Row(
         method=method,

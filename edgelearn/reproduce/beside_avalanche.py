@@ -38,7 +38,7 @@ def _row(
     kind: str,
     ours: tuple[str, dict[str, Any]],
     theirs: tuple[str, dict[str, Any]],
-    **texts: str,
+    **texts: Any,
 ) -> Row:
     pair = {
         side: {"strategy": strategy, "args": args}

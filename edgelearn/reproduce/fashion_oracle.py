@@ -51,7 +51,7 @@ def _row(
     args: dict[str, Any] | None = None,
     tolerance: float | None = _GATED,
     stream: dict[str, Any] | None = None,
-    **texts: str,
+    **texts: Any,
 ) -> Row:
     arguments = {**BASE, "kind": kind, "strategy": strategy, "args": args or {}}
     if stream:

@@ -76,20 +76,28 @@ class Results:
         return {s: entry for (m, s), entry in sorted(self.entries.items()) if m == mark}
 
     def estimate(self, row: Row, overrides: Mapping[str, Any]) -> Estimate:
-        """Return the mean of a row's number over its seeds.
+        """Return the mean of a row's number over its seeds; of a difference, over those of both.
 
         Raises:
             RunError: If the row's function does not return that number.
         """
-        values = []
+        values = self._numbers(row, overrides)
+        if (baseline := row.baseline) is not None:
+            others = self._numbers(baseline, overrides)
+            return estimate([values[seed] - others[seed] for seed in values if seed in others])
+        return estimate(list(values.values()))
+
+    def _numbers(self, row: Row, overrides: Mapping[str, Any]) -> dict[int, float]:
+        """Return a row's number by seed."""
+        values = {}
         for seed, entry in self.of(row, overrides).items():
             if row.metric not in entry["numbers"]:
                 names = ", ".join(entry["numbers"])
                 raise RunError(
                     f"{row.method}, {row.setting}, seed {seed}: no {row.metric!r} among {names}"
                 )
-            values.append(float(entry["numbers"][row.metric]))
-        return estimate(values)
+            values[seed] = float(entry["numbers"][row.metric])
+        return values
 
 
 def made_with() -> dict[str, str]:

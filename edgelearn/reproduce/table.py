@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgelearn import plugins
@@ -29,6 +29,8 @@ class Row:
             name in other processes.
         arguments: Plain values, as JSON has them.
         metric: Which of the numbers is compared.
+        versus: Arguments of another setting of the same table, whose number with the same seed is
+            taken off; None takes the number as it is.
         reference: What it should be; None if nothing comparable is known.
         tolerance: Largest difference of the mean that counts as reproduced; None gives no verdict,
             as where the reference is of other data.
@@ -45,6 +47,7 @@ class Row:
     run: Run
     arguments: Mapping[str, Any] = field(hash=False)
     metric: str
+    versus: Mapping[str, Any] | None = field(default=None, hash=False)
     reference: float | None = None
     tolerance: float | None = None
     bound: str = ""
@@ -52,6 +55,11 @@ class Row:
     source: str = ""
     note: str = ""
     reason: str = ""
+
+    @property
+    def baseline(self) -> Row | None:
+        """The setting whose number is taken off."""
+        return None if self.versus is None else replace(self, arguments=self.versus, versus=None)
 
     def setup(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Return what decides the outcome but for the seed."""
@@ -111,6 +119,8 @@ def judge(row: Row, found: Estimate, *, digits: int = 1) -> Verdict:
     if math.isinf(difference):
         return Verdict(False, "**not reproduced** (never reached)")
     by = f"{difference:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    if row.bound and found.low <= row.reference <= found.high:
+        return Verdict(None, f"undecided: {by}, and the 95 % interval holds the bound")
     if row.bound:
         holds = difference >= 0 if row.bound == "at least" else difference <= 0
         return Verdict(holds, "reproduced" if holds else f"**not reproduced** ({by})")

@@ -6,6 +6,7 @@ import pytest
 
 from edgelearn import plugins
 from edgelearn.errors import PluginError
+from edgelearn.reproduce.results import Results
 from edgelearn.reproduce.table import TABLES, Row, digest, find, judge, write_number
 from edgelearn.significance import estimate
 
@@ -82,3 +83,33 @@ def test_what_is_no_table(tmp_path):
         find(f"{path}:TABLE")
     with pytest.raises(PluginError, match="did you mean 'fashion-oracle'"):
         find("fashion-orakle")
+
+
+def test_a_direction_is_decided_where_the_interval_is_on_one_side():
+    row = replace(ROW, reference=0.0, tolerance=None, bound="at least")
+    assert judge(row, estimate([1.0, 1.1, 0.9])).is_reproduced is True
+    assert judge(row, estimate([-1.0, -1.1, -0.9])).is_reproduced is False
+    undecided = judge(row, estimate([1.0, -0.5, 0.6]))
+    assert undecided.is_reproduced is None
+    assert "undecided" in undecided.text
+    assert judge(row, estimate([2.0])).is_reproduced is True  # nothing is known of its spread
+
+
+def test_a_difference_is_taken_seed_by_seed(tmp_path):
+    results = Results.open(tmp_path / "results.json")
+    row = replace(ROW, arguments={"method": "a"}, versus={"method": "b"})
+    for seed, (one, other) in enumerate([(5.0, 1.0), (7.0, 2.0), (9.0, None)]):
+        results.add(row.setup({}), seed, {row.metric: one}, 0.0)
+        if other is not None:
+            results.add(row.baseline.setup({}), seed, {row.metric: other}, 0.0)
+    found = results.estimate(row, {})
+    assert (found.n, found.mean) == (2, 4.5)
+
+
+@pytest.mark.parametrize("name", plugins.names(TABLES))
+def test_what_a_row_is_compared_with_is_run_too(name):
+    table = find(name)
+    settings = [row.setup({}) for row in table.rows if row.versus is None]
+    for row in table.rows:
+        if row.baseline is not None:
+            assert row.baseline.setup({}) in settings
