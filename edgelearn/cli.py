@@ -219,6 +219,9 @@ def _run(options: argparse.Namespace) -> int:
         return _resume(options)
     from edgelearn.api import with_client
 
+    if options.client and any(item.startswith("client.args") for item in options.overrides):
+        fault = Fault("client", "args", "--client resets them; write --set client.strategy=NAME")
+        raise ScenarioError("--set", [fault])
     scenario = _load(options)
     if options.client:
         scenario = with_client(scenario, options.client)

@@ -25,3 +25,9 @@ def test_a_reference_that_leads_nowhere_is_wrong_usage(
 ) -> None:
     assert main(["check", reference]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_arguments_that_would_be_dropped_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    drop = ["--client", "replay", "--set", "client.args.capacity=5"]
+    assert main(["run", "split-digits", *drop]) == 2
+    assert "--client resets them" in capsys.readouterr().err
