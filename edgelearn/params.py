@@ -84,6 +84,13 @@ class Layout:
         """Number of leading elements that are the network, without what is shared beside it."""
         return sum(self.sizes[: len(self.sizes) - self.num_shared_tensors])
 
+    @property
+    def beside(self) -> Layout:
+        """Layout of what is shared beside the network, without the network."""
+        count = self.num_shared_tensors
+        first = len(self.names) - count
+        return Layout(self.names[first:], self.shapes[first:], 0, count)
+
     @cached_property
     def places(self) -> dict[str, slice]:
         """Where each tensor lies in the vector, by name."""

@@ -53,6 +53,7 @@ class Combined(ClientStrategy):
             if found and others:
                 raise ValueError(f"{found[0]} {does}, so {others[0]} can't change the steps")
         self.needs_plain_sgd = any(part.needs_plain_sgd for part in parts.values())
+        self.keeps_network = any(part.keeps_network for part in parts.values())
         self._pulling = [n for n, p in parts.items() if p.pull() is not None]
 
     def overrides(self, hook: str) -> bool:
@@ -192,6 +193,10 @@ class Combined(ClientStrategy):
             local, own = part.leave(passage, _of(memory, name))
             passage, memory = replace(passage, local=local), _with(memory, name, own)
         return passage.local, memory
+
+    def num_beside(self, memory: Memory) -> int:
+        """Return the sum."""
+        return sum(part.num_beside(_of(memory, name)) for name, part in self.parts.items())
 
     def upload(self, update: Update, data: Samples, memory: Memory) -> Update:
         """Change what is sent, in each part."""

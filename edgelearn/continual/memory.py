@@ -45,9 +45,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """Samples that a strategy keeps: ids into the device's store, -1 where there is none."""
+    """Samples that a strategy keeps: ids into the device's store, -1 where there is none.
+
+    Attributes:
+        capacity: Most samples.
+        is_public: Whether they are the scenario's public samples, which a device has from the
+            beginning on, in the same order as any other.
+    """
 
     capacity: int
+    is_public: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -45,6 +45,7 @@ class Facts:
         sample_bytes: Bytes of one stored sample with its label.
         num_devices: Devices in the fleet.
         cohort: Devices that take part in a round.
+        num_public: Samples that all devices have, and none as its own.
     """
 
     num_experiences: int
@@ -52,6 +53,7 @@ class Facts:
     sample_bytes: int
     num_devices: int = 1
     cohort: int = 1
+    num_public: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +160,15 @@ class ClientStrategy:
             with another that does; one that adds to `super().loss(...)` leaves it False.
         needs_plain_sgd: Whether it reads the mean gradient off where a device has come to, so that
             momentum and Adam are refused.
+        keeps_network: Whether a device's network is its own: it stays on the device from round to
+            round, and what `shares` declares is all that travels. Where a hook is given global
+            parameters, their network is then the device's own. Devices may hold different networks
+            if what is shared has the same shapes for all.
     """
 
     replaces_loss: ClassVar[bool] = False
     needs_plain_sgd: bool = False
+    keeps_network: bool = False
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
         """Declare what the device remembers: name -> `TensorSpec` or `SampleSpec`."""
@@ -296,6 +303,14 @@ class ClientStrategy:
         to be put back to its value in `passage.given`.
         """
         return passage.local, memory
+
+    def num_beside(self, memory: Memory) -> int:  # noqa: ARG002
+        """Return how many samples were trained on in a round beside its steps, for the accounts.
+
+        Args:
+            memory: As `leave` returned it.
+        """
+        return 0
 
     def upload(self, update: Update, data: Samples, memory: Memory) -> Update:  # noqa: ARG002
         """Change what is sent, such as clipping it. The guard stops what is not declared."""

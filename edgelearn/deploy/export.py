@@ -65,12 +65,12 @@ def export_onnx(
     scenario = scenario_of(directory)
     world = build(scenario)
     learner = make_learner(world)
-    if learner.strategy.overrides("serve"):
+    if learner.serves_own:
         raise RunError(
             f"{directory}: with the client strategy {scenario.client.strategy!r} each device "
             "answers with parameters of its own; the run's model alone is not what they serve"
         )
-    params = read_model(directory, learner.model.layout)
+    params = read_model(directory, learner.layout)
     chosen = calibration_samples(world, num_calibration)
     artefact = runtime.prepare(learner.model, params).artefact(chosen.batch().x)
     encoding = world.train.encoding

@@ -24,10 +24,11 @@ from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_str
 from edgelearn.device.drift import Detector, make_detector
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
-from edgelearn.params import FlatModel
+from edgelearn.params import FlatModel, Layout
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.scenario.stream import Experience
+from edgelearn.scenario.variants import BASE
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split, torch_generator
 
@@ -37,6 +38,9 @@ DETECTOR, FORMER = "boundary-detector", "boundary-former"
 
 # What a codec with error feedback has not sent so far [P].
 RESIDUAL = "wire-residual"
+
+# The network of a device that keeps one of its own.
+OWN = "own-network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,9 @@ class Fit:
 class Learner:
     """Trains one device after another; holds nothing of any of them.
 
+    Global parameters [P] are what travels, laid out by `layout`: the network with what the strategy
+    shares, or that alone where a device keeps its network. Hooks see the network in any case.
+
     Attributes:
         model: The network.
         strategy: The client strategy.
@@ -101,6 +108,7 @@ class Learner:
         seed: The run's seed.
         detector: Finds the boundaries of experiences; None if devices are told of them.
         codec: Makes updates smaller; None if they are sent as they are.
+        layout: Layout of what travels.
     """
 
     model: FlatModel
@@ -111,6 +119,7 @@ class Learner:
     detector: Detector | None = None
     codec: Codec | None = None
     declaration: Declaration = field(init=False)
+    layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         if self.strategy.needs_plain_sgd and not self.spec.is_plain_sgd:
@@ -128,17 +137,62 @@ class Learner:
         if shared:
             shapes = {name: spec.shape for name, spec in shared.items()}
             object.__setattr__(self, "model", FlatModel(self.model.module, shapes))
+        layout = self.model.layout
+        if self.strategy.keeps_network:
+            if not shared:
+                what = f"{self.spec.strategy!r} keeps the network and shares nothing beside it"
+                fault = Fault("client", "strategy", f"{what}: there is nothing to send")
+                raise ScenarioError("client", [fault])
+            layout = layout.beside
+        object.__setattr__(self, "layout", layout)
         declaration = dict(self.strategy.declare(self.model, self.facts))
         if self.detector is not None:
             declaration[DETECTOR] = TensorSpec((self.detector.size,), torch.float64)
             declaration[FORMER] = TensorSpec((self.model.layout.size,))
         if self.codec is not None and self.codec.keeps_residual:
-            declaration[RESIDUAL] = TensorSpec((self.model.layout.size,))
+            declaration[RESIDUAL] = TensorSpec((self.layout.size,))
+        if self.strategy.keeps_network:
+            declaration[OWN] = TensorSpec((self.model.layout.num_network,))
         object.__setattr__(self, "declaration", declaration)
 
-    def initial_state(self, store: SampleStore | None = None) -> DeviceState:
-        """Return the state of a device that has learned nothing yet."""
-        return DeviceState(Memory.initial(self.declaration, store))
+    @property
+    def needs_public(self) -> bool:
+        """Whether the strategy has the public samples on the device."""
+        return any(isinstance(s, SampleSpec) and s.is_public for s in self.declaration.values())
+
+    @property
+    def serves_own(self) -> bool:
+        """Whether a device answers with parameters of its own, not the global ones."""
+        return self.strategy.keeps_network or self.strategy.overrides("serve")
+
+    def initial(self) -> Tensor:
+        """Return the global parameters [P] before the first round."""
+        if self.strategy.keeps_network:
+            return torch.zeros(self.layout.size)
+        return self.model.initial()
+
+    def initial_state(
+        self, store: SampleStore | None = None, public: Tensor | None = None
+    ) -> DeviceState:
+        """Return the state of a device that has learned nothing yet.
+
+        Args:
+            store: Where its sample ids lead.
+            public: Ids of the public samples there [n], int32.
+        """
+        memory = Memory.initial(self.declaration, store)
+        if public is not None:
+            kept = {
+                name: public.clone()
+                for name, spec in self.declaration.items()
+                if isinstance(spec, SampleSpec) and spec.is_public
+            }
+            memory = memory.replace(**kept)
+        if self.strategy.keeps_network:
+            own = self.model.initial()[: self.model.layout.num_network]
+            memory = memory.replace(**{OWN: own})
+        self._check(memory)
+        return DeviceState(memory)
 
     @property
     def memory_bytes(self) -> int:
@@ -175,7 +229,8 @@ class Learner:
                 f"device {data.device} has begun {state.begun} experiences but was asked for "
                 f"position {position}: its state belongs to another run"
             )
-        samples, entered = data.samples(position, server_round=server_round), params
+        samples, params = data.samples(position, server_round=server_round), self.whole(state, params)
+        entered = params
         state, num_alarms = self._reach(state, params, data, samples, position)
         memory = state.memory
         if self.strategy.overrides("enter"):
@@ -210,16 +265,21 @@ class Learner:
             memory, more = self._watch(self.detector, memory, local, samples)
             num_alarms += more
         self._check(memory)
+        num_samples = trained.num_samples + self.strategy.num_beside(memory)
         if forgotten := passing(self.declaration):
             memory = memory.replace(**forgotten)
+        if self.strategy.keeps_network:  # what lies behind it travels
+            num_network = self.model.layout.num_network
+            memory = memory.replace(**{OWN: local[:num_network].clone()})
+            delta = delta[num_network:]
         new = DeviceState(memory, position + 1, state.consolidated)
         metrics = {"num-examples": len(samples), "loss": loss, "num-steps": trained.num_steps}
         if self.detector is not None:
             metrics["num-alarms"] = num_alarms
-        update = Update(self.model.layout.views(delta), metrics)
+        update = Update(self.layout.views(delta), metrics)
         if self.strategy.overrides("upload"):
             update = self._plain(self.strategy.upload(update, samples, memory))
-        return Fit(new, update, trained.num_samples)
+        return Fit(new, update, num_samples)
 
     def encode(self, fit: Fit, *, server_round: int, device: int) -> Fit:
         """Return what is sent in place of an update that the guard has admitted.
@@ -237,7 +297,7 @@ class Learner:
         """
         if self.codec is None:
             return fit
-        layout, memory = self.model.layout, fit.state.memory
+        layout, memory = self.layout, fit.state.memory
         update = layout.flatten(fit.update.arrays)
         is_fed_back = self.codec.keeps_residual and fit.update.metrics["num-examples"] != 0
         if is_fed_back:
@@ -263,6 +323,11 @@ class Learner:
             data: What the device has.
             upto: First position that is not to be consolidated.
         """
+        return self._consolidate(state, self.whole(state, params), data, upto)
+
+    def _consolidate(
+        self, state: DeviceState, params: Tensor, data: DeviceData, upto: int
+    ) -> DeviceState:
         if state.consolidated >= upto:
             return state
         memory, trained = state.memory, self._bind(params)
@@ -293,7 +358,7 @@ class Learner:
         """
         former, num_alarms = state.consolidated, 0
         if self.detector is None:
-            state = self.consolidate(state, params, data, upto=position)
+            state = self._consolidate(state, params, data, position)
             begins = state.begun <= position
         else:
             found = self._look_out(self.detector, state, params, data, samples, position)
@@ -358,10 +423,21 @@ class Learner:
         noticed, alarms = detector.update(memory[DETECTOR].numpy(), errors)
         return memory.replace(**{DETECTOR: torch.from_numpy(noticed)}), len(alarms)
 
+    def whole(self, state: DeviceState, params: Tensor) -> Tensor:
+        """Return the parameters of a device's network with what is shared beside it.
+
+        Args:
+            state: The device's state.
+            params: Global parameters [P]; they are returned as they are where the network travels.
+        """
+        if not self.strategy.keeps_network:
+            return params
+        return torch.cat([state.memory[OWN], params])
+
     def served(
         self, state: DeviceState, params: Tensor, data: Samples, *, position: int, device: int
     ) -> Tensor:
-        """Return the parameters [P] that a device answers with.
+        """Return the parameters that a device answers with, laid out as those of its network.
 
         Args:
             state: The device's state.
@@ -370,6 +446,7 @@ class Learner:
             position: Where the device is in its stream.
             device: Index of the device.
         """
+        params = self.whole(state, params)
         if not self.strategy.overrides("serve"):
             return params
         self._bind(params)
@@ -454,15 +531,30 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
     return split(derive(seed, "steps", server_round), device)
 
 
-def make_learner(world: World) -> Learner:
-    """Build the learner of a scenario: network, client strategy and what they may know."""
+def make_learner(world: World, variant: str = BASE) -> Learner:
+    """Build the learner of a scenario: network, client strategy and what they may know.
+
+    Args:
+        world: The scenario's world.
+        variant: Which of the scenario's networks; "" is that of `[model]`.
+
+    Raises:
+        ScenarioError: If network, strategy and scenario do not fit together.
+    """
     spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
     detector = None
     if stream.boundaries == "detected":
         detector = make_detector(stream.detector, stream.detector_args)
+    strategy = make_strategy(spec.strategy, spec.args)
+    if world.scenario.model.variants and not strategy.keeps_network:
+        message = (
+            f"devices of different networks can't average them, as {spec.strategy!r} does; a "
+            "strategy that keeps the network on the device is needed, such as 'fedmd'"
+        )
+        raise ScenarioError(world.scenario.name, [Fault("model", "variants", message)])
     return Learner(
-        model=world.model(),
-        strategy=make_strategy(spec.strategy, spec.args),
+        model=world.model(variant),
+        strategy=strategy,
         spec=spec,
         facts=Facts(
             world.stream.num_experiences,
@@ -470,6 +562,7 @@ def make_learner(world: World) -> Learner:
             world.train.sample_bytes,
             num_devices=fleet.num_devices,
             cohort=fleet.cohort,
+            num_public=len(world.public),
         ),
         seed=world.scenario.seed,
         detector=detector,

@@ -74,7 +74,7 @@ class DeviceLoop:
             StateError: If the stored state is damaged or of another network.
         """
         self._learner, self._runtime = learner, runtime
-        self._store = DeviceStore(directory, digest=learner.model.layout.digest)
+        self._store = DeviceStore(directory, digest=learner.layout.digest)
         self._parameters = directory / "parameters.safetensors"
         self._num_calibration = num_calibration
         stored = self._store.load(learner.declaration, encoding)
@@ -82,7 +82,7 @@ class DeviceLoop:
             samples = OwnedSamples.empty(sample_shape, sample_dtype, encoding)
             stored = Stored(learner.initial_state(samples), samples)
         self._stored: Stored = stored
-        self._params, self._num_lessons = learner.model.initial(), 0
+        self._params, self._num_lessons = learner.initial(), 0
         if self._parameters.is_file():
             self._params, self._num_lessons = self._read_params()
         self._predictor: Predictor | None = None
@@ -152,7 +152,7 @@ class DeviceLoop:
             position=self.position,
             server_round=lesson,
         )
-        delta = self._learner.model.layout.flatten(fit.update.arrays)
+        delta = self._learner.layout.flatten(fit.update.arrays)
         self._commit(replace(self._stored, state=fit.state))
         self._num_lessons = lesson
         self._replace_params(self._params + delta)
@@ -178,7 +178,7 @@ class DeviceLoop:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise StateError(f"{self._parameters}: damaged or truncated: {error}") from error
-        return self._learner.model.layout.flatten(tensors), lessons
+        return self._learner.layout.flatten(tensors), lessons
 
     def _fed(self) -> _Fed:
         ids = self._stored.pending.get(self.position, torch.empty(0, dtype=torch.int32))
@@ -189,7 +189,7 @@ class DeviceLoop:
         self._stored = stored
 
     def _replace_params(self, params: Tensor) -> None:
-        views = self._learner.model.layout.views(params)
+        views = self._learner.layout.views(params)
         tensors = {name: view.contiguous() for name, view in views.items()}
         write_atomic(self._parameters, save(tensors, {"lessons": str(self._num_lessons)}))
         self._params, self._predictor = params, None

@@ -173,8 +173,12 @@ class ResidentDevice:
         stored = self._store.load(self._learner.declaration, encoding)
         if stored is not None:
             return stored
-        samples = OwnedSamples.empty(self._world.sample_shape, self._world.train.x.dtype, encoding)
-        return Stored(self._learner.initial_state(samples), samples)
+        train, public = self._world.train, None
+        samples = OwnedSamples.empty(self._world.sample_shape, train.x.dtype, encoding)
+        if self._learner.needs_public:
+            ids = self._world.public
+            public = samples.add(train.stored(ids), train.labels(ids))
+        return Stored(self._learner.initial_state(samples, public), samples)
 
     def _reach(self, stored: Stored, position: int) -> OwnedData:
         """Take in what the sensor has shown up to a position and is not consolidated."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import edgelearn
 from edgelearn.device.learner import Learner
+from edgelearn.device.learners import Learners
 from edgelearn.errors import StateError
 from edgelearn.federated.loop import RoundLoop
 from edgelearn.federated.record import Line, RunRecord
@@ -98,12 +99,24 @@ def read_model(directory: Path, layout: Layout) -> Tensor:
         raise StateError(f"{path}: damaged or of another network: {error}") from error
 
 
-def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping[str, Any]) -> Line:
-    """Return the first line of a record."""
-    stream, layout = world.stream, learner.model.layout
-    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
-    learner.model.module.eval()
-    prepared = runtime.prepare(learner.model, learner.model.initial())
+def run_line(
+    scenario: Scenario, world: World, learners: Learners, engine: Mapping[str, Any]
+) -> Line:
+    """Return the first line of a record.
+
+    Where devices hold different networks, each has an entry, and the sizes are those of the one
+    whose devices need most memory.
+    """
+    stream = world.stream
+    networks = {}
+    if scenario.model.variants:
+        networks["networks"] = {
+            name or scenario.model.name: {
+                "devices": [d for d, held in enumerate(learners.held) if held == name],
+                **_sizes(scenario, world, learner),
+            }
+            for name, learner in learners.by_variant.items()
+        }
     orders = None if world.orders is None else world.orders.tolist()
     return {
         "kind": "run",
@@ -119,17 +132,29 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
         "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
         "orders": orders,
         "first_met": world.first_met.tolist() if world.is_uneven else None,
-        "changes": world.changes() if learner.detector is not None else None,
-        "num_parameters": layout.num_network,
-        "model_bytes": {
-            "float": 4 * layout.num_network,
-            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
-        },
-        "memory_bytes_per_device": learner.memory_bytes,
+        "changes": world.changes() if learners.base.detector is not None else None,
+        **_sizes(scenario, world, learners.largest),
+        **networks,
         "client": scenario.client.strategy,
         "server": scenario.server.strategy,
         "runtime": scenario.runtime.name,
         "engine": dict(engine),
+    }
+
+
+def _sizes(scenario: Scenario, world: World, learner: Learner) -> Line:
+    """Return how large a network is, and what a device with it needs."""
+    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
+    learner.model.module.eval()
+    prepared = runtime.prepare(learner.model, learner.model.initial())
+    num_parameters = learner.model.layout.num_network
+    return {
+        "num_parameters": num_parameters,
+        "model_bytes": {
+            "float": 4 * num_parameters,
+            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
+        },
+        "memory_bytes_per_device": learner.memory_bytes,
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import Learners
 from edgelearn.errors import RunError
 from edgelearn.federated import rundir
 from edgelearn.federated.by_message import ByMessage
@@ -91,8 +91,9 @@ def serve(
     """
     _check_directory(out, scenario)
     world = build(scenario)
-    learner, strategy = make_learner(world), make_server_strategy(scenario)
-    refuse_to_step(strategy, learner.model.layout, scenario)
+    learners, strategy = Learners.of(world), make_server_strategy(scenario)
+    learner = learners.base
+    refuse_to_step(strategy, learner.layout, scenario)
     with rundir.locked(out):  # nothing is written before the scenario has proved to be whole
         if (record := rundir.finished(out)) is not None:
             _log.info("the run in %s is complete", out)
@@ -110,13 +111,13 @@ def serve(
                 "reason": "real devices behind a Flower SuperLink",
                 "run": run,
             }
-            journal.append(rundir.run_line(scenario, world, learner, engine))
+            journal.append(rundir.run_line(scenario, world, learners, engine))
         else:
             _log.info("resuming %s after round %d", out, checkpoint.server_round)
         fleet = NetworkFleet(
             grid, scenario, run=run, wait_s=wait_s, round_timeout_s=round_timeout_s
         )
-        whole = Run(scenario, world.stream, learner.model.layout, strategy, learner.codec)
+        whole = Run(scenario, world.stream, learner.layout, strategy, learner.codec)
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,
@@ -126,10 +127,10 @@ def serve(
             on_round=on_round,
             checkpoint_every_s=0.0,  # devices can repeat their last round, and no more
         )
-        params = loop.run(learner.model.initial(), checkpoint)
+        params = loop.run(learner.initial(), checkpoint)
         wall_s, used_s = time.perf_counter() - started, rundir.cpu_s() - cpu
         journal.append(rundir.end_line(scenario, loop, wall_s=wall_s, cpu_s=used_s))
-        rundir.write_model(out, learner.model.layout, params)
+        rundir.write_model(out, learner.layout, params)
         return journal.record()
 
 

@@ -65,6 +65,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
     obstacle = _not_written_out(world, learner)
     if obstacle is None or not tries_hooks:
         return obstacle
+    if learner.strategy.keeps_network:
+        return f"{type(learner.strategy).__name__} keeps the network on the device"
     if learner.strategy.overrides("upload"):
         return f"{type(learner.strategy).__name__} changes what a device sends"
     if any(map(learner.strategy.overrides, (*ROUND_HOOKS, "view", "gradient"))):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
@@ -47,11 +48,11 @@ class CohortExecutor:
         profiles: Sequence[Profile],
         layout: Layout,
         *,
-        flops_per_sample: float,
+        flops_per_sample: float | NDArray[np.float64],
     ) -> None:
         self._world, self._engine, self._store = world, engine, store
         self._profiles, self._layout = profiles, layout
-        self._flops_per_sample = flops_per_sample
+        self._flops_per_sample = np.broadcast_to(flops_per_sample, len(profiles))
         self._digest = world.scenario.digest
         self._serial = 0
         self.energy_j = 0.0
@@ -148,7 +149,7 @@ class CohortExecutor:
         # As Profile.transfer_s, train_s and energy_j have it, to the last bit.
         down_s = asked.bytes_down / self._downlink_mbps[devices]
         up_s = asked.bytes_up / self._uplink_mbps[devices]
-        train_flops = 3 * self._flops_per_sample * num_samples
+        train_flops = 3 * self._flops_per_sample[devices] * num_samples
         train_s = train_flops / (self._train_gflops[devices] * 1e9)
         latency_s = 8e-6 * (down_s + up_s) + train_s
         failures = {row: (Outcome.FAILED, reason) for row, reason in errors.items()}
@@ -229,7 +230,7 @@ class CohortExecutor:
         down, up = wire.num_bytes(message.content), wire.num_bytes(content)
         transfer_s = profile.transfer_s(bytes_down=down, bytes_up=up)
         # A training step costs about three forward passes.
-        train_s = profile.train_s(3 * self._flops_per_sample * done.num_samples)
+        train_s = profile.train_s(3 * float(self._flops_per_sample[job.device]) * done.num_samples)
         self.energy_j += profile.energy_j(train_s=train_s, num_bytes=down + up)
         return Delivery(content, transfer_s + train_s)
 

@@ -31,7 +31,7 @@ def open_engine(world: World, store_path: Path, plan: Plan) -> Engine:
         mean = native.mean if plan.inner == "native" else weighted_sum
         return RayEngine(world, store_path, inner, mean, num_workers=plan.num_workers)
     if plan.tier == "pool":
-        size = make_learner(world).model.layout.size
+        size = make_learner(world).layout.size
         return PoolEngine(
             world,
             store_path,

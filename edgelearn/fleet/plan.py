@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgelearn.device.learner import Learner
 from edgelearn.errors import RunError, nearest
 from edgelearn.fleet import batched, native, ray
 from edgelearn.scenario.spec import ENGINES
+from edgelearn.scenario.variants import BASE
 from edgelearn.scenario.world import World
 
 # Below this much training in a round, starting workers and handing out jobs costs more than a
@@ -107,13 +110,25 @@ def _without_compiler(
     return "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers"
 
 
-def forward_flops(world: World) -> float:
+def flops_per_device(world: World, of_base: float) -> NDArray[np.float64]:
+    """Return the floating-point operations of one forward pass on each device [D].
+
+    Args:
+        world: The scenario's world.
+        of_base: Those of the network of `[model]`.
+    """
+    flops = {name: forward_flops(world, name) for name in world.scenario.model.variants}
+    flops[BASE] = of_base
+    return np.array([flops[name] for name in world.variants])
+
+
+def forward_flops(world: World, variant: str = BASE) -> float:
     """Count the floating-point operations of one forward pass of one sample.
 
     Two for each weight of a linear or convolution layer and place where it is applied; what is
     between these layers is left out. (torch's own counter imports its compiler: 80 MB, a second.)
     """
-    module = world.model().module.eval()
+    module = world.model(variant).module.eval()
     total = 0.0
 
     def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
-from edgelearn.device.learner import make_learner
+from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
+from edgelearn.device.learners import Learners
 from edgelearn.fleet.evaluation import pieces
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Job, Phase
 from edgelearn.scenario.world import World
@@ -76,7 +76,7 @@ class RayEngine:
             if os.environ.get("RAY_ADDRESS"):
                 where = {}
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-        layout = RecordLayout.of(make_learner(world).declaration)
+        layout = Learners.of(world).record()
         self._remembers = bool(layout.declaration)
         self._file = RecordFile(store_path, layout, world.scenario.fleet.num_devices)
         remote = ray.remote(num_cpus=1)(_Site)
@@ -211,7 +211,7 @@ class _Site:
 
     def __init__(self, world: World, open_inner: OpenInner) -> None:
         torch.set_num_threads(1)
-        layout = RecordLayout.of(make_learner(world).declaration)
+        layout = Learners.of(world).record()
         # The file is mapped, so its name can go at once: a killed actor leaves nothing behind.
         with tempfile.TemporaryDirectory(prefix="edgelearn-ray-") as folder:
             path = Path(folder) / "devices.bin"

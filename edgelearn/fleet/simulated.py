@@ -39,7 +39,7 @@ class SimulatedFleet:
         profiles: Sequence[Profile],
         layout: Layout,
         *,
-        flops_per_sample: float,
+        flops_per_sample: float | NDArray[np.float64],
     ) -> None:
         self._scenario, self._store, self._engine = world.scenario, store, engine
         self._stream, self._presence = world.stream, world.presence

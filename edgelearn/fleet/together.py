@@ -53,6 +53,8 @@ def not_declared(learner: Learner) -> str | None:
         return reason
     if learner.detector is not None:
         return DETECTS
+    if strategy.keeps_network:
+        return f"{type(strategy).__name__} keeps the network on the device"
     if not strategy.is_declared or strategy.overrides("upload"):
         return f"{type(strategy).__name__} computes what it does instead of declaring it"
     if learner.spec.optimizer != "sgd":

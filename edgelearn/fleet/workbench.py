@@ -11,8 +11,9 @@ from torch import Tensor
 
 from edgelearn.compress.codec import decoded
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
-from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
-from edgelearn.device.learner import DeviceState, make_learner
+from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
+from edgelearn.device.learner import DeviceState
+from edgelearn.device.learners import Learners
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
@@ -48,17 +49,17 @@ class Workbench:
 
     def __init__(self, world: World, store_path: Path) -> None:
         self._world = world
-        self._learner = make_learner(world)
+        self._learners = Learners.of(world)
         runtime = world.scenario.runtime
         self._runtime = make_runtime(runtime.name, runtime.args)
-        self._file = RecordFile(
-            store_path,
-            RecordLayout.of(self._learner.declaration),
-            world.scenario.fleet.num_devices,
-        )
+        count = world.scenario.fleet.num_devices
+        self._files = {
+            name: RecordFile(store_path, self._learners.record(name), count)
+            for name in self._learners.by_variant
+        }
         self._prepared: tuple[int, Prepared] | None = None
-        layout, codec = self._learner.model.layout, self._learner.codec
-        detects = self._learner.detector is not None
+        common = self._learners.base  # what travels is the same for all networks
+        layout, codec, detects = common.layout, common.codec, common.detector is not None
         self._sent = egress.sent_schema(codec, layout, detects=detects)
         self._schemas = {
             Phase.FIT: egress.fit_schema(layout, detects=detects),
@@ -82,10 +83,10 @@ class Workbench:
         """Do the evaluations of a group in one pass; a failure is its device's, not the group's."""
 
         def measure(trials: Sequence[Trial]) -> list[Counts]:
-            if self._learner.strategy.overrides("serve"):
+            if self._learners.base.serves_own:
                 return [self._alone(trial, params) for trial in trials]
             prepared = self._prepare(jobs[0].serial, params)
-            return evaluate_group(self._learner.model, params, prepared, trials)
+            return evaluate_group(self._learners.base.model, params, prepared, trials)
 
         def trial_of(job: Job) -> Trial:
             return self._trial(job, params)
@@ -95,22 +96,23 @@ class Workbench:
 
     def _alone(self, trial: Trial, params: Tensor) -> Counts:
         """Evaluate a device that answers with parameters of its own."""
-        model, own = self._learner.model, params if trial.params is None else trial.params
+        model = self._learners.base.model if trial.model is None else trial.model
+        own = params if trial.params is None else trial.params
         model.module.eval()
         with torch.no_grad():
             prepared = self._runtime.prepare(model, own)
         return evaluate(model, own, prepared, trial.calibration.batch().x, trial.tests)
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
-        data = SimulatedData(self._world, job.device)
+        data, learner = SimulatedData(self._world, job.device), self._learners[job.device]
         state = self._state(job)
         schema = self._schemas[job.phase]
         if job.phase is Phase.CONSOLIDATE:
-            new = self._learner.consolidate(state, params, data, upto=job.position + 1)
+            new = learner.consolidate(state, params, data, upto=job.position + 1)
             metrics = {"num-examples": len(data.samples(job.position))}
             schema.admit({}, metrics)
             return Done(job.row, metrics, *self._keep(job, state, new))
-        fit = self._learner.fit(
+        fit = learner.fit(
             state,
             params,
             data,
@@ -119,12 +121,12 @@ class Workbench:
             proximal_mu=job.proximal_mu,
         )
         schema.admit(fit.update.arrays, fit.update.metrics)
-        layout, codec, message = self._learner.model.layout, self._learner.codec, None
+        layout, codec, message = learner.layout, learner.codec, None
         if codec is None:
             for name, view in layout.views(update).items():
                 view.copy_(fit.update.arrays[name])
         else:
-            fit = self._learner.encode(fit, server_round=job.server_round, device=job.device)
+            fit = learner.encode(fit, server_round=job.server_round, device=job.device)
             self._sent.admit(fit.update.arrays, fit.update.metrics)
             update.copy_(decoded(codec, layout, fit.update.arrays))
             message = {name: value.numpy() for name, value in fit.update.arrays.items()}
@@ -134,11 +136,15 @@ class Workbench:
             job.row, fit.update.metrics, *kept, num_samples=passed, norm=norm, message=message
         )
 
+    def _file(self, job: Job) -> RecordFile:
+        return self._files[self._learners.held[job.device]]
+
     def _state(self, job: Job) -> DeviceState:
         if job.read_slot == UNWRITTEN:
-            memory = self._learner.initial_state(self._world.train).memory
+            learner = self._learners[job.device]
+            memory = learner.initial_state(self._world.train, self._world.public).memory
         else:
-            memory = self._file.read(job.device, job.read_slot, self._world.train)
+            memory = self._file(job).read(job.device, job.read_slot, self._world.train)
         return DeviceState(memory, job.begun, job.consolidated)
 
     def _keep(
@@ -148,14 +154,15 @@ class Workbench:
         progress = (new.begun, new.consolidated)
         if new.memory is old.memory:
             return progress, None
-        return progress, self._file.write(job.device, job.write_slot, new.memory)
+        return progress, self._file(job).write(job.device, job.write_slot, new.memory)
 
     def _trial(self, job: Job, params: Tensor) -> Trial:
         data, state = SimulatedData(self._world, job.device), self._state(job)
+        learner = self._learners[job.device]
         samples = data.samples(job.position)
         most = self._world.scenario.runtime.num_calibration
-        calibration = self._learner.calibration_ids(state, samples, most=most)
-        own = self._learner.served(state, params, samples, position=job.position, device=job.device)
+        calibration = learner.calibration_ids(state, samples, most=most)
+        own = learner.served(state, params, samples, position=job.position, device=job.device)
         return Trial(
             Samples(self._world.train, calibration),
             [
@@ -163,11 +170,12 @@ class Workbench:
                 for experience_id in range(self._world.stream.num_experiences)
             ],
             own,
+            learner.model,
         )
 
     def _prepare(self, serial: int, params: Tensor) -> Prepared:
         if self._prepared is None or self._prepared[0] != serial:
-            model = self._learner.model
+            model = self._learners.base.model
             model.module.eval()
             self._prepared = (serial, self._runtime.prepare(model, params))
         return self._prepared[1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from edgelearn.errors import Fault
-from edgelearn.scenario.spec import EvaluateSpec, FleetSpec, LabelSpec, StreamSpec
+from edgelearn.scenario.spec import EvaluateSpec, FleetSpec, LabelSpec, StreamSpec, VariantSpec
 
 _OF_DOMAINS = {"num_domains": 0, "drift": "sudden"}
 
@@ -22,6 +22,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     stream = _complete(StreamSpec, values.get("stream", {}))
     asked = _complete(EvaluateSpec, values.get("evaluate", {}))["num_devices"]
     yield from _fleet_faults(fleet, asked, stream["num_experiences"])
+    yield from _variant_faults(values.get("model", {}).get("variants") or {}, fleet["profiles"])
     if None not in stream.values():
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
@@ -68,6 +69,31 @@ def _fleet_faults(
     if late + leaving > 1 and T == 2:
         message = f"with late_share, more than all; of 2 positions a device has no third: {late:g}"
         yield Fault("fleet", "leaving_share", f"got {leaving:g}; {message}")
+
+
+def _variant_faults(
+    variants: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Any] | None
+) -> Iterator[Fault]:
+    whole = {name: _complete(VariantSpec, table) for name, table in variants.items()}
+    if any(spec["share"] is None or spec["profile"] is None for spec in whole.values()):
+        return
+    taken: dict[str, str] = {}
+    for name, spec in whole.items():
+        table, share, profile = f"model.variants.{name}", spec["share"], spec["profile"]
+        if bool(share) == bool(profile):
+            message = "give one of share, above 0, and profile: which devices hold it"
+            yield Fault(table, "share", message)
+        elif profile and profiles is not None and profile not in profiles:
+            known = ", ".join(profiles) or "none"
+            yield Fault(table, "profile", f"got {profile!r}; those of [fleet]: {known}")
+        elif profile and profile in taken:
+            yield Fault(table, "profile", f"got {profile!r}, which {taken[profile]!r} has already")
+        taken.setdefault(profile, name)
+    if {bool(spec["profile"]) for spec in whole.values()} == {True, False}:
+        message = "some go by a share and some by a profile; all have to go by the same"
+        yield Fault("model", "variants", message)
+    if (total := sum(spec["share"] for spec in whole.values())) > 1 + 1e-9:
+        yield Fault("model", "variants", f"their shares sum to {total:g}; at most 1 is allowed")
 
 
 def _domain_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:

@@ -110,6 +110,8 @@ def _values(
                 faults.append(Fault(table, name, f"the table [{inner}] is missing"))
                 continue
             values[name] = _values(typing.cast("type[Any]", types[name]), value, inner, faults)
+        elif name in raw and (entry := _entry_of(types[name])) is not None:
+            values[name] = _entries(entry, raw[name], inner, faults)
         elif name in raw:
             rule: Rule = spec.metadata["rule"]
             values[name] = _check(raw[name], types[name], rule, table, name, faults)
@@ -119,14 +121,40 @@ def _values(
     return values
 
 
+def _entry_of(expected: Any) -> type[Any] | None:
+    """Return what a table of tables holds under each name; None for anything else."""
+    inner = typing.get_args(expected)[-1:]
+    found = inner[0] if inner else None
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def _entries(kind: type[Any], raw: Any, table: str, faults: list[Fault]) -> dict[str, Any]:
+    """Check a table of tables; return the values of each that is a table."""
+    outer, _, key = table.rpartition(".")
+    if not isinstance(raw, Mapping):
+        faults.append(Fault(outer, key, f"expected a table of tables, got {raw!r}"))
+        return {}
+    odd = [name for name, value in raw.items() if not isinstance(value, Mapping)]
+    faults += [Fault(table, name, f"expected a table, got {raw[name]!r}") for name in odd]
+    return {
+        name: _values(kind, value, f"{table}.{name}", faults)
+        for name, value in raw.items()
+        if name not in odd
+    }
+
+
 def _make(kind: type[Any], values: Mapping[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
-    return kind(
-        **{
-            name: _make(types[name], value) if dataclasses.is_dataclass(types[name]) else value
-            for name, value in values.items()
-        }
-    )
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        entry = _entry_of(types[name])
+        if dataclasses.is_dataclass(types[name]):
+            made[name] = _make(typing.cast("type[Any]", types[name]), value)
+        elif entry is not None:
+            made[name] = MappingProxyType({n: _make(entry, v) for n, v in value.items()})
+        else:
+            made[name] = value
+    return kind(**made)
 
 
 def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: list[Fault]) -> Any:

@@ -83,14 +83,26 @@ class DataSpec:
     download: bool = _rule("fetch the data set if it is nowhere on this machine", default=False)
     max_train: int = _rule("use at most this many training samples; 0 is all", 0, minimum=0)
     max_test: int = _rule("use at most this many test samples; 0 is all", 0, minimum=0)
+    public: int = _rule("training samples that all devices have, and none as its own", 0, minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantSpec:
+    """`[model.variants.NAME]`: another network, which some of the devices hold."""
+
+    name: str = _rule("name, module:factory or file.py:factory", plugins="edgelearn.models")
+    args: Mapping[str, Any] = _table("arguments of the factory")
+    share: float = _rule("share of the fleet that holds it", 0.0, minimum=0.0, maximum=1.0)
+    profile: str = _rule("profile of the devices that hold it, in place of a share", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """`[model]`: the network."""
+    """`[model]`: the network, and those that other devices hold."""
 
     name: str = _rule("name, module:factory or file.py:factory", plugins="edgelearn.models")
     args: Mapping[str, Any] = _table("arguments of the factory")
+    variants: Mapping[str, VariantSpec] = _table("other networks by name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,9 @@ from edgelearn.scenario.labels import labelled, told
 from edgelearn.scenario.partition import Indices, partition, partition_like
 from edgelearn.scenario.presence import Presence, presence
 from edgelearn.scenario.samples import Encoding, Samples, SharedSamples
-from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.spec import ModelSpec, Scenario, VariantSpec
 from edgelearn.scenario.stream import Stream
+from edgelearn.scenario.variants import BASE, variants
 from edgelearn.seeds import derive, numpy_generator
 
 
@@ -39,6 +40,9 @@ class World:
         num_classes: Labels, C.
         true_labels: Of the training samples [N]: they decide who has what and when.
         presence: When each device is part of the fleet; None if all always are.
+        public: Ids of the training samples that all devices have, and none as its own [n], int32;
+            those of the first domain, in random order.
+        variants: Which of the scenario's networks each device holds; "" is that of `[model]`.
     """
 
     scenario: Scenario
@@ -50,6 +54,8 @@ class World:
     num_classes: int
     true_labels: NDArray[np.int64]
     presence: Presence | None
+    public: Tensor
+    variants: tuple[str, ...]
 
     @cached_property
     def orders(self) -> NDArray[np.int64] | None:
@@ -207,21 +213,29 @@ class World:
         repeats = self.stream.num_experiences if self.stream.has_domains else 1
         return repeats * len(self.test_parts[device])
 
-    def model(self) -> FlatModel:
-        """Return the scenario's network with its initial parameters, the same for every call."""
-        spec = self.scenario.model
+    def model(self, variant: str = BASE) -> FlatModel:
+        """Return one of the scenario's networks with its initial parameters, always the same.
+
+        Args:
+            variant: Its name; "" is the network of `[model]` itself.
+        """
+        spec: ModelSpec | VariantSpec = self.scenario.model
+        purpose, table = "initial-parameters", "model"
+        if variant != BASE:
+            spec = self.scenario.model.variants[variant]
+            purpose, table = f"{purpose}:{variant}", f"model.variants.{variant}"
         factory = plugins.resolve(spec.name, plugins.MODELS)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.scenario.seed, "initial-parameters"))
+            torch.manual_seed(derive(self.scenario.seed, purpose))
             try:
                 module = factory(
                     input_shape=self.sample_shape, num_classes=self.num_classes, **spec.args
                 )
             except (TypeError, ValueError) as error:
-                fault = Fault("model", "args", str(error))
+                fault = Fault(table, "args", str(error))
                 raise ScenarioError(self.scenario.name, [fault]) from error
         if not isinstance(module, nn.Module):
-            fault = Fault("model", "name", f"{spec.name} returned {type(module).__name__}")
+            fault = Fault(table, "name", f"{spec.name} returned {type(module).__name__}")
             raise ScenarioError(self.scenario.name, [fault])
         return FlatModel(module)
 
@@ -271,13 +285,7 @@ def build(scenario: Scenario) -> World:
     if largest > 2**31:  # sample ids are int32
         message = f"{stream.num_domains} domains; samples x domains must stay below 2**31"
         raise ScenarioError(scenario.name, [Fault("stream", "num_experiences", message)])
-    train_parts = partition(
-        scenario.partition,
-        labels=dataset.y_train,
-        users=dataset.users_train,
-        num_devices=scenario.fleet.num_devices,
-        generator=numpy_generator(scenario.seed, "partition"),
-    )
+    public, train_parts = _train_parts(scenario, dataset)
     test_parts = _test_parts(scenario, dataset, train_parts)
     encoding = Encoding(dataset.scale, dataset.mean, dataset.std, stream.task_masks())
     domains, meanings = stream.domains(dataset.sample_shape), stream.meanings()
@@ -293,7 +301,28 @@ def build(scenario: Scenario) -> World:
         num_classes=dataset.num_classes,
         true_labels=dataset.y_train,
         presence=presence(scenario.fleet, stream.num_experiences, scenario.seed),
+        public=torch.from_numpy(public),
+        variants=variants(scenario),
     )
+
+
+def _train_parts(scenario: Scenario, dataset: Dataset) -> tuple[Indices, list[Indices]]:
+    """Set the public samples apart, and deal the others out."""
+    count, num_public = len(dataset.y_train), scenario.data.public
+    if num_public >= count:
+        message = f"got {num_public}; there are {count} training samples, some for the devices"
+        raise ScenarioError(scenario.name, [Fault("data", "public", message)])
+    shuffled = numpy_generator(scenario.seed, "public").permutation(count)
+    public, rest = shuffled[:num_public].astype(np.int32), np.sort(shuffled[num_public:])
+    users = dataset.users_train
+    parts = partition(
+        scenario.partition,
+        labels=dataset.y_train[rest],
+        users=None if users is None else users[rest],
+        num_devices=scenario.fleet.num_devices,
+        generator=numpy_generator(scenario.seed, "partition"),
+    )
+    return public, [rest[part].astype(np.int32) for part in parts]
 
 
 def _test_parts(scenario: Scenario, dataset: Dataset, train: list[Indices]) -> list[Indices]:

@@ -166,7 +166,7 @@ def walk(
         after(calls[-1], result)
         return result
 
-    memory = learner.initial_state(device.store).memory
+    memory = learner.initial_state(device.store, device.public).memory
     for position in range(NUM_EXPERIENCES):
         experience, data = device.experience(position), device.samples(position)
         trained = params[:num_trained]

@@ -225,7 +225,7 @@ def durable(subject: Subject) -> str:
 
 def upload(subject: Subject) -> str:
     """Nothing but the model's update and the listed numbers is sent."""
-    schema = egress.fit_schema(subject.learner.model.layout)
+    schema = egress.fit_schema(subject.learner.layout)
     for device in (subject.new_device(), *subject.odd_devices().values()):
         state, params = subject.at_start(device)
         try:
@@ -265,15 +265,15 @@ def odd_data(subject: Subject) -> str:
 
 def learns(subject: Subject) -> str:
     """Training lowers the loss of the toy."""
-    device, model = subject.new_device(), subject.learner.model
+    device, learner, model = subject.new_device(), subject.learner, subject.learner.model
     state, params = subject.at_start(device)
     batch = device.samples(0).batch()
-    first = float(supervised_loss(model(params, batch.x), batch))
+    first = float(supervised_loss(model(learner.whole(state, params), batch.x), batch))
     for turn in range(3):
         fit = subject.fit(state, params, device, 0, turn)
         _expect_finite(fit, fit.state, "in training")
-        state, params = fit.state, params + model.layout.flatten(fit.update.arrays)
-    last = float(supervised_loss(model(params, batch.x), batch))
+        state, params = fit.state, params + learner.layout.flatten(fit.update.arrays)
+    last = float(supervised_loss(model(learner.whole(state, params), batch.x), batch))
     text = f"cross-entropy of the toy went from {first:.3f} to {last:.3f} in 3 rounds"
     if not last < first:
         raise Skipped(f"{text}; if that is not meant, look at the loss and its sign")
@@ -286,11 +286,13 @@ def whole_run(subject: Subject) -> str:
     again, states_again = subject.run()
     if not (same(params, again) and same(states, states_again)):
         raise Broken("two runs with the same seed differ; expected the same bits")
-    model, devices = subject.learner.model, subject.new_devices()
+    learner, devices = subject.learner, subject.new_devices()
+    own = [learner.whole(state, params) for state in states]
     shares = []
     for position in range(NUM_EXPERIENCES):
         batches = [device.samples(position).batch() for device in devices]
-        hits = [(model(params, b.x).argmax(1) == b.y).float().mean() for b in batches]
+        answers = [learner.model(p, b.x).argmax(1) for p, b in zip(own, batches, strict=True)]
+        hits = [(a == b.y).float().mean() for a, b in zip(answers, batches, strict=True)]
         shares.append(f"{float(torch.stack(hits).mean()):.0%}")
     return (
         f"{len(devices)} devices, {NUM_EXPERIENCES} experiences, one device away in the "

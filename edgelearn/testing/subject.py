@@ -70,7 +70,7 @@ class Subject:
         """Return a device's state after its first experience, and the parameters [P] then."""
         state, params = self.at_start(device)
         fit = self.fit(state, params, device, 0)
-        params = params + self.learner.model.layout.flatten(fit.update.arrays)
+        params = params + self.learner.layout.flatten(fit.update.arrays)
         return self.learner.consolidate(fit.state, params, device, upto=1), params
 
     def fit(
@@ -82,7 +82,7 @@ class Subject:
 
     def at_start(self, device: ToyDevice) -> tuple[DeviceState, Tensor]:
         """Return the state of a device that has learned nothing yet, and the parameters [P]."""
-        return self.learner.initial_state(device.store), self.learner.model.initial()
+        return self.learner.initial_state(device.store, device.public), self.learner.initial()
 
     def odd_devices(self) -> Mapping[str, ToyDevice]:
         """Return devices that have next to nothing, by what they have."""
@@ -103,9 +103,9 @@ class Subject:
         Returns:
             The global parameters [P] and the devices' states at the end.
         """
-        learner, layout, devices = self.learner, self.learner.model.layout, self.new_devices()
-        params = learner.model.initial()
-        states = [learner.initial_state(device.store) for device in devices]
+        learner, layout, devices = self.learner, self.learner.layout, self.new_devices()
+        params = learner.initial()
+        states = [learner.initial_state(device.store, device.public) for device in devices]
         for position in range(NUM_EXPERIENCES):
             present = devices[:-1] if position == 0 else devices
             for turn in range(2):

@@ -27,6 +27,7 @@ from edgelearn.seeds import derive, numpy_generator
 
 NUM_CLASSES = 4
 NUM_EXPERIENCES = 2
+NUM_PUBLIC = 8
 SHAPE = (1, 4, 4)
 ENCODING = Encoding(scale=1 / 255, mean=0.3, std=0.3)
 _DATASET = "edgelearn.testing.toy:toy_dataset"
@@ -61,7 +62,7 @@ def toy_model() -> FlatModel:
 
 def toy_facts() -> Facts:
     """Return what a strategy may know of the toy before data arrives."""
-    return Facts(NUM_EXPERIENCES, NUM_CLASSES, sample_bytes=17)
+    return Facts(NUM_EXPERIENCES, NUM_CLASSES, sample_bytes=17, num_public=NUM_PUBLIC)
 
 
 def toy_learner(strategy: ClientStrategy, **spec: Any) -> Learner:
@@ -89,11 +90,13 @@ class ToyDevice:
         device: Index of the device.
         store: Where the ids lead.
         ids: Ids of its samples by position.
+        public: Ids of the samples that all devices have.
     """
 
     device: int
     store: SampleStore
     ids: tuple[Tensor, ...]
+    public: Tensor | None = None
 
     def experience(self, position: int) -> Experience:
         """Return the experience at a position."""
@@ -111,14 +114,16 @@ def toy_devices(num_devices: int = 3, *, num_per_class: int = 5) -> list[ToyDevi
         num_devices: Devices.
         num_per_class: Samples of each class that a device has.
     """
-    store = toy_samples(num_devices * num_per_class)
+    num_own = num_devices * num_per_class
+    store = toy_samples(num_own + NUM_PUBLIC // NUM_CLASSES)
+    public = torch.arange(num_own * NUM_CLASSES, len(store.y), dtype=torch.int32)
     devices = []
     for device in range(num_devices):
         first = device * num_per_class * NUM_CLASSES
         ids = torch.arange(first, first + num_per_class * NUM_CLASSES, dtype=torch.int32)
         labels = store.labels(ids)
         parts = tuple(ids[labels // 2 == position] for position in range(NUM_EXPERIENCES))
-        devices.append(ToyDevice(device, store, parts))
+        devices.append(ToyDevice(device, store, parts, public))
     return devices
 
 
@@ -134,11 +139,12 @@ def toy_owned(like: ToyDevice, store: OwnedSamples, position: int) -> ToyDevice:
     if not isinstance(shared, SharedSamples):
         raise TypeError(f"expected a device with shared samples, got {type(shared).__name__}")
     arriving = like.ids[position]
+    public = like.public  # it comes with the first experience, and stays if it is remembered
+    if public is not None and position == 0:
+        public = store.add(shared.stored(public), shared.labels(public))
     ids = store.add(shared.stored(arriving), shared.labels(arriving))
-    none = ids[:0]
-    return ToyDevice(
-        like.device, store, tuple(ids if p == position else none for p in range(NUM_EXPERIENCES))
-    )
+    parts = tuple(ids if p == position else ids[:0] for p in range(NUM_EXPERIENCES))
+    return ToyDevice(like.device, store, parts, public)
 
 
 def toy_store() -> OwnedSamples:
