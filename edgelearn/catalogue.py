@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edgelearn import plugins
 from edgelearn.api import with_client
 from edgelearn.device.learner import make_learner
+from edgelearn.errors import ScenarioError
 from edgelearn.fleet.plan import make_plan
 from edgelearn.scenario.load import load
 from edgelearn.scenario.spec import Scenario
@@ -24,13 +25,15 @@ class Entry:
         memory_bytes: What a device remembers between and within rounds, stored samples included.
         sent_bytes: What an update holds beside that of the network.
         engine: The tier that would train it here.
+        obstacle: Why it can't learn this scenario, with no costs then; empty if it can.
     """
 
     name: str
     summary: str
-    memory_bytes: int
-    sent_bytes: int
-    engine: str
+    memory_bytes: int = 0
+    sent_bytes: int = 0
+    engine: str = ""
+    obstacle: str = ""
 
 
 def catalogue(scenario: Scenario | str = "split-digits") -> list[Entry]:
@@ -47,9 +50,14 @@ def catalogue(scenario: Scenario | str = "split-digits") -> list[Entry]:
     entries = []
     for name in plugins.names(plugins.CLIENT_STRATEGIES):
         world = build(with_client(scenario, name))
-        learner = make_learner(world)
+        kind = plugins.resolve(name, plugins.CLIENT_STRATEGIES)
+        summary = (inspect.getdoc(kind) or "").partition("\n")[0]
+        try:
+            learner = make_learner(world)
+        except ScenarioError as error:
+            entries.append(Entry(name, summary, obstacle=error.faults[0].message))
+            continue
         layout = learner.model.layout
-        summary = (inspect.getdoc(type(learner.strategy)) or "").partition("\n")[0]
         entries.append(
             Entry(
                 name,

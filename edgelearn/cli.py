@@ -466,6 +466,8 @@ def _strategies(options: argparse.Namespace) -> int:
     for entry in catalogue(name):
         remembered, sent = size(entry.memory_bytes), size(entry.sent_bytes)
         row = (entry.name, escape(entry.summary), remembered, sent, entry.engine)
+        if entry.obstacle:
+            row = (entry.name, escape(entry.summary), "-", "-", f"none: {escape(entry.obstacle)}")
         table.add_row(*row)
     Console().print(table)
     return DONE

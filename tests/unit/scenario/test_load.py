@@ -361,6 +361,7 @@ OTHER = {  # another valid value for each key of a scenario
     "data.download": True,
     "data.max_train": 1,
     "data.max_test": 1,
+    "data.public": 9,
     "model.name": "cnn",
     "model.args": {"hidden": [9]},
     "fleet.num_devices": 7,
