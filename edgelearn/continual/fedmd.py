@@ -1,4 +1,4 @@
-"""FedMD: devices of different networks learn from each other by what they answer, not by weights."""
+"""FedMD: devices of different networks learn from each other by their answers, not by weights."""
 
 from __future__ import annotations
 

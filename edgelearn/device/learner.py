@@ -229,8 +229,8 @@ class Learner:
                 f"device {data.device} has begun {state.begun} experiences but was asked for "
                 f"position {position}: its state belongs to another run"
             )
-        samples, params = data.samples(position, server_round=server_round), self.whole(state, params)
-        entered = params
+        samples = data.samples(position, server_round=server_round)
+        entered = params = self.whole(state, params)
         state, num_alarms = self._reach(state, params, data, samples, position)
         memory = state.memory
         if self.strategy.overrides("enter"):

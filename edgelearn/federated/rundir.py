@@ -108,15 +108,16 @@ def run_line(
     whose devices need most memory.
     """
     stream = world.stream
-    networks = {}
+    networks: Line = {}
     if scenario.model.variants:
-        networks["networks"] = {
-            name or scenario.model.name: {
+        networks["networks"] = [
+            {
+                "variant": name,
                 "devices": [d for d, held in enumerate(learners.held) if held == name],
                 **_sizes(scenario, world, learner),
             }
             for name, learner in learners.by_variant.items()
-        }
+        ]
     orders = None if world.orders is None else world.orders.tolist()
     return {
         "kind": "run",

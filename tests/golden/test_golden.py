@@ -174,6 +174,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "wire-int4": {"wire": {"codec": "int4"}},
     "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
+    "fedmd": {
+        "data": {"max_train": 600, "max_test": 150, "public": 60},
+        "model": {"variants": {"small": {"name": "mlp", "args": {"hidden": [6]}, "share": 0.5}}},
+        "client": {"strategy": "fedmd+replay", "args": {"fedmd": {"transfer_epochs": 2}}},
+        "stream": {"num_experiences": 2, "rounds_per_experience": 2},
+    },
 }
 
 

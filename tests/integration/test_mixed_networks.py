@@ -94,16 +94,13 @@ def test_the_consensus_is_the_weighted_mean_of_what_all_networks_answer(tmp_path
 def test_the_record_tells_networks_apart_and_books_what_is_sent(tmp_path: Path) -> None:
     scenario = mixed()
     record = simulate(scenario, out=tmp_path)
-    world, networks = build(scenario), record.run["networks"]
-    assert {name: n["num_parameters"] for name, n in networks.items()} == {
-        "mlp": SIZES[""],
-        "small": SIZES["small"],
-    }
+    world, networks = build(scenario), {n["variant"]: n for n in record.run["networks"]}
+    assert {name: n["num_parameters"] for name, n in networks.items()} == SIZES
     assert networks["small"]["devices"] == [
         d for d, held in enumerate(world.variants) if held == "small"
     ]
     beside = N * (4 + 17) + 1 + 8
-    for name, size in (("mlp", SIZES[""]), ("small", SIZES["small"])):
+    for name, size in SIZES.items():
         assert networks[name]["memory_bytes_per_device"] == 4 * size + beside
         assert networks[name]["model_bytes"]["served"] < networks[name]["model_bytes"]["float"]
     assert record.run["memory_bytes_per_device"] == 4 * SIZES[""] + beside
@@ -171,7 +168,7 @@ class KeepsAndDeclares(ClientStrategy):
 
     keeps_network = True
 
-    def shares(self, model: Any, facts: Any) -> dict[str, TensorSpec]:  # noqa: ARG002
+    def shares(self, model: Any, facts: Any) -> dict[str, TensorSpec]:
         return {"logits": TensorSpec((2,))}
 
 
@@ -236,7 +233,7 @@ def test_memory_is_checked_against_the_device_that_holds_the_network(tmp_path: P
     fleet = {"profiles": {str(tiny): 1.0, "phone-mid": 1.0}}
     simulate(mixed(model={"variants": {"large": large}}, fleet=fleet))
     large["profile"] = str(tiny)
-    with pytest.raises(ScenarioError, match="tiny has 0.01 MiB"):
+    with pytest.raises(ScenarioError, match=r"tiny has 0\.01 MiB"):
         simulate(mixed(model={"variants": {"large": large}}, fleet=fleet))
 
 
@@ -303,14 +300,14 @@ class SendsNetwork(ClientStrategy):
     def shares(self, model: Any, facts: Any) -> dict[str, TensorSpec]:
         return {"logits": TensorSpec((facts.num_public, facts.num_classes))}
 
-    def upload(self, update: Update, data: Samples, memory: Memory) -> Update:  # noqa: ARG002
+    def upload(self, update: Update, data: Samples, memory: Memory) -> Update:
         return Update({**update.arrays, "1.weight": torch.zeros(8, 16)}, update.metrics)
 
 
 class SendsMoreLogits(SendsNetwork):
     """Sends answers to samples of its own behind those to public ones."""
 
-    def upload(self, update: Update, data: Samples, memory: Memory) -> Update:  # noqa: ARG002
+    def upload(self, update: Update, data: Samples, memory: Memory) -> Update:
         logits = update.arrays["shared/logits"]
         return Update({"shared/logits": torch.cat([logits, logits[:1]])}, update.metrics)
 
@@ -349,7 +346,8 @@ def test_a_real_device_learns_as_a_simulated_one(tmp_path: Path) -> None:
             _, stored = resident.consolidate(params, position=position)
             resident.commit(stored)
             state = learner.consolidate(state, params, data, upto=position + 1)
-            assert int(stored.samples.used.sum()) == N + int((state.memory["replay.buffer"] >= 0).sum())
+            replayed = int((state.memory["replay.buffer"] >= 0).sum())
+            assert int(stored.samples.used.sum()) == N + replayed
     counts = resident.evaluate(params, position=1)
     assert sum(counts.count) == world.num_test_samples(device)
     assert counts.model_bytes < 4 * SIZES["small"] + 4 * 100
@@ -380,7 +378,6 @@ def test_small_networks_gain_from_large_ones() -> None:
                     "loss": "kl",
                     "digest_lr": 0.003,
                     "digest_epochs": epochs,
-                    "digest_batch": 100,
                     "transfer_epochs": 0,
                 }
             },

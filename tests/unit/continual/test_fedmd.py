@@ -185,9 +185,7 @@ def test_other_methods_hold_on_to_the_devices_own_network() -> None:
     """EWC's anchor is the network that the device has, not one that travels."""
     strategy = make_strategy("fedmd+ewc", {"ewc": {"strength": 1.0}})
     learner, device = toy_learner(strategy), toy_devices()[0]
-    fit = learner.fit(
-        begun(learner, device), learner.initial(), device, position=0, server_round=1
-    )
+    fit = learner.fit(begun(learner, device), learner.initial(), device, position=0, server_round=1)
     state = learner.consolidate(fit.state, learner.initial(), device, upto=1)
     anchor = state.memory["ewc.anchor"]
     assert torch.equal(anchor, fit.state.memory[OWN])
