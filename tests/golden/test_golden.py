@@ -174,6 +174,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "wire-int4": {"wire": {"codec": "int4"}},
     "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
+    "fedntd": {"client": {"strategy": "replay+fedntd", "args": {"replay": {"capacity": 20}}}},
     "fedmd": {
         "data": {"max_train": 600, "max_test": 150, "public": 60},
         "model": {"variants": {"small": {"name": "mlp", "args": {"hidden": [6]}, "share": 0.5}}},
