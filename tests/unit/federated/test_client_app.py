@@ -96,6 +96,12 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
             "client.strategy": "scaffold",
             "client.args": {},
         },
+        {
+            "data.public": 40,
+            "model.variants": {"small": {"name": "mlp", "args": {"hidden": [5]}, "share": 0.5}},
+            "client.strategy": "fedmd+replay",
+            "client.args": {"fedmd": {"transfer_epochs": 1}},
+        },
     ],
     ids=[
         "replay",
@@ -106,6 +112,7 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
         "curvature and heads",
         "4 bits",
         "error feedback",
+        "different networks",
     ],
 )
 def test_same_bits_as_the_simulator(tmp_path: Path, overrides: dict[str, Any]) -> None:
