@@ -210,8 +210,14 @@ class Run:
         message = wire.decode_message(record, self.codec.pieces(self.layout))
         return decoded(self.codec, self.layout, message)
 
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the bytes of an update depend on its values."""
+        pieces = {} if self.codec is None else self.codec.pieces(self.layout)
+        return any(piece.is_bound for piece in pieces.values())
+
     def empty_update(self) -> ArrayRecord:
-        """Return a reply's arrays, as many bytes as any device sends."""
+        """Return a reply's arrays, as many bytes as any device sends, or the most that one can."""
         if self.codec is None:
             return wire.encode_params(self.layout, torch.zeros(self.layout.size))
         return wire.empty_message(self.codec.pieces(self.layout))

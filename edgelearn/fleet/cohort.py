@@ -111,8 +111,9 @@ class CohortExecutor:
             )
             done = self._engine.fit(cohort, asked.params, self._updates)
             self._keep_all(devices, done)
-            failures, seconds = self._timed(asked, devices, done.errors, done.num_samples)
-            sent = done.num_examples, done.loss, done.norms
+            up = _bytes_up(asked, done)
+            failures, seconds = self._timed(asked, devices, done.errors, done.num_samples, up)
+            sent = done.num_examples, done.loss, done.norms, up
             yield CohortUpdates(devices, self._updates, *sent, failures, done.alarms), seconds
 
     def _keep_all(self, devices: Integers, done: CohortDone) -> None:
@@ -137,23 +138,28 @@ class CohortExecutor:
         for job, done in zip(jobs, results, strict=True):
             self._keep(job, done)
         errors = {done.row: done.error for done in results if done.error is not None}
-        none = np.zeros(len(jobs), np.int64)
-        failures, seconds = self._timed(asked, asked.devices, errors, none)
+        none, up = np.zeros(len(jobs), np.int64), np.full(len(jobs), asked.bytes_up)
+        failures, seconds = self._timed(asked, asked.devices, errors, none, up)
         return [done.metrics for done in results], failures, seconds
 
     def _timed(
-        self, asked: Asked, devices: Integers, errors: Mapping[int, str], num_samples: Integers
+        self,
+        asked: Asked,
+        devices: Integers,
+        errors: Mapping[int, str],
+        num_samples: Integers,
+        bytes_up: Integers,
     ) -> tuple[Failures, float]:
         """Book virtual time; what takes longer than an instruction lives is too late."""
         # As Profile.transfer_s, train_s and energy_j have it, to the last bit.
         down_s = asked.bytes_down / self._downlink_mbps[devices]
-        up_s = asked.bytes_up / self._uplink_mbps[devices]
+        up_s = bytes_up / self._uplink_mbps[devices]
         train_flops = 3 * self._flops_per_sample * num_samples
         train_s = train_flops / (self._train_gflops[devices] * 1e9)
         latency_s = 8e-6 * (down_s + up_s) + train_s
         failures = {row: (Outcome.FAILED, reason) for row, reason in errors.items()}
         latency_s[list(failures)] = 0.0
-        radio_j = self._radio_j_per_mb[devices] * (asked.bytes_down + asked.bytes_up) / 1e6
+        radio_j = self._radio_j_per_mb[devices] * (asked.bytes_down + bytes_up) / 1e6
         energy_j = self._power_w[devices] * train_s + radio_j
         energy_j[list(failures)] = 0.0
         self.energy_j += float(energy_j.sum())
@@ -241,6 +247,15 @@ class CohortExecutor:
             return wire.encode_message(done.message)
         as_delta = wire.config_of(instruction).get("edgelearn-wire") == "delta"
         return wire.encode_params(self._layout, update if as_delta else params + update)
+
+
+def _bytes_up(asked: Asked, done: CohortDone) -> Integers:
+    """Return the bytes of each device's reply [K]; of one that failed, the most."""
+    bytes_up = np.full(len(done.norms), asked.bytes_up)
+    if asked.bytes_vary:
+        for row, message in done.messages.items():
+            bytes_up[row] += wire.encode_message(message).count_bytes() - asked.bytes_vary
+    return bytes_up
 
 
 def rows_in_memory(size: int) -> int:

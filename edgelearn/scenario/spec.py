@@ -204,7 +204,9 @@ class ServerSpec:
 class WireSpec:
     """`[wire]`: how updates travel to the server."""
 
-    codec: str = _rule("name, module:Class or file.py:Class", NO_CODEC, plugins=CODECS)
+    codec: str = _rule(
+        "name, module:Class or file.py:Class, or with +lzma behind it", NO_CODEC, plugins=CODECS
+    )
     args: Mapping[str, Any] = _table("arguments of the codec")
 
 
