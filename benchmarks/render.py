@@ -9,7 +9,7 @@ from typing import Any
 import demo
 from harness import results
 from harness.paths import PAGE, RESULTS
-from parts import comparison, continual, device, evaluation, ewc, memory, scaling, targets
+from parts import codecs, comparison, continual, device, evaluation, ewc, memory, scaling, targets
 
 INTRO = """# Benchmarks
 
@@ -38,6 +38,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("continual", "Continual learning beside Avalanche", continual.section),
     ("device", "One device beside Avalanche", device.section),
     ("scaling", "How it scales", scaling.section),
+    ("codecs", "What crosses the wire", codecs.section),
 )
 
 
