@@ -41,9 +41,8 @@ class GDumb(ClientStrategy):
     one with moments moves network and count by other steps.
 
     Reference: Prabhu, Torr, Dokania, "GDumb: A Simple Approach that Questions Our Progress in
-    Continual Learning", ECCV 2020, algorithm 1. We differ: samples of an experience arrive in
-    random order at its first round, and training is that of the scenario, without cutmix or a
-    schedule.
+    Continual Learning", ECCV 2020. We differ: samples of an experience arrive in random order at
+    its first round, and training is that of the scenario, without cutmix or a schedule.
 
     Args:
         memory_kib: Size of the buffer on a device, in KiB of stored samples.
