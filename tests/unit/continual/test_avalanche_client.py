@@ -10,9 +10,10 @@ import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ from edgelearn.federated import egress
 from edgelearn.params import FlatModel
 from edgelearn.scenario import avalanche_names
 from edgelearn.scenario.benchmark import from_benchmark
+from edgelearn.scenario.datasets import Dataset
+from edgelearn.scenario.load import load
 from edgelearn.scenario.samples import OwnedSamples, SharedSamples
 from edgelearn.scenario.world import build
 from edgelearn.seeds import derive, permutation, split, torch_generator
@@ -899,8 +902,9 @@ def test_a_device_without_samples_of_an_experience_has_no_benchmark() -> None:
         avalanche.as_avalanche(world, 0)
 
 
-def tensors(num_per_class: int, part: str) -> Any:
+def tensors(num_per_class: int, part: str, shift: int = 0) -> Any:
     x, y = toy_images(num_per_class, part)
+    x = np.roll(x, shift, axis=-1)
     pairs = TensorDataset(torch.from_numpy(x).float() / 255, torch.from_numpy(y))
     return avalanche.library().utils._make_taskaware_classification_dataset(
         pairs, targets=y.tolist(), task_labels=0
@@ -916,6 +920,18 @@ def benchmark(kind: str) -> Any:
             return lib.nc_benchmark(train, test, n_experiences=2, task_labels=False, **order)
         if kind == "ni":
             return lib.ni_benchmark(train, test, n_experiences=3, task_labels=False)
+        if kind == "new-instances":
+            return lib.new_instances_benchmark(train, test, num_experiences=3)
+        if kind == "domains":
+            return lib.benchmark_from_datasets(
+                train=[tensors(4, "train", shift) for shift in range(3)],
+                test=[tensors(2, "test", shift) for shift in range(3)],
+            )
+        if kind == "uneven":
+            order = {"fixed_class_order": [2, 0, 3, 1], "shuffle": False}
+            return lib.nc_benchmark(
+                train, test, n_experiences=2, task_labels=False, per_exp_classes={0: 3}, **order
+            )
         return lib.class_incremental_benchmark(
             {"train": train, "test": test}, num_experiences=2, class_order=[2, 0, 3, 1]
         )
@@ -958,3 +974,132 @@ def test_a_benchmark_of_new_instances_names_the_experience_of_each_sample() -> N
         x = torch.from_numpy(dataset.x_train[own]).float() / 255
         assert as_set(x, dataset.y_train[own].tolist()) == theirs
     assert np.unique(dataset.users_test).tolist() == list(range(len(given.test_stream)))
+
+
+GIVEN = {"ni": 3, "new-instances": 3, "domains": 3, "uneven": 2, "class_incremental": 2}
+
+
+@pytest.fixture(scope="session", params=GIVEN)
+def given_benchmark(request: pytest.FixtureRequest) -> tuple[Any, Dataset]:
+    """A benchmark that Avalanche itself built, and its data set."""
+    made = benchmark(request.param)
+    dataset = from_benchmark(made)
+    assert dataset.num_experiences == GIVEN[request.param]
+    # Some streams can be counted only by going through them.
+    whole = {name: list(getattr(made, name)) for name in ("train_stream", "test_stream")}
+    return SimpleNamespace(**whole), dataset
+
+
+def contents(data: Any, number: Mapping[int, int]) -> set[tuple[bytes, int]]:
+    items = [data[k] for k in range(len(data))]
+    found = as_set(torch.stack([i[0] for i in items]), [number[int(i[1])] for i in items])
+    assert len(found) == len(items) > 0
+    return found
+
+
+def numbers(given: Any, dataset: Dataset) -> dict[int, int]:
+    """Return what labels of a benchmark are called in its data set."""
+    theirs = [
+        int(made.dataset[k][1]) for made in given.train_stream for k in range(len(made.dataset))
+    ]
+    return dict(zip(theirs, dataset.y_train.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_a_fleet_meets_the_experiences_of_a_benchmark_in_time(
+    given_benchmark: tuple[Any, Dataset], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, dataset = given_benchmark
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    T, number = len(given.train_stream), numbers(given, dataset)
+    world = build(
+        toy_scenario(
+            fleet={"num_devices": 3, "cohort": 3},
+            stream={"kind": "given", "num_experiences": T},
+            partition={"kind": kind},
+        )
+    )
+    tested: set[tuple[bytes, int]] = set()
+    for position, made in enumerate(given.train_stream):
+        shown: set[tuple[bytes, int]] = set()
+        for device in range(3):
+            samples = world.train_samples(device, position)
+            found = as_set(samples.batch().x, samples.labels.tolist())
+            assert len(found) == len(samples)
+            assert not shown & found
+            shown |= found
+        assert shown == contents(made.dataset, number)
+        occurring = {label for _, label in contents(made.dataset, number)}
+        assert world.stream.classes(position) == tuple(sorted(occurring))
+        tests = [world.test_samples(device, position) for device in range(3)]
+        own = {pair for s in tests for pair in as_set(s.batch().x, s.labels.tolist())}
+        if len(given.test_stream) == T:
+            assert own == contents(given.test_stream[position].dataset, number)
+        assert not tested & own
+        tested |= own
+    everything = [contents(made.dataset, number) for made in given.test_stream]
+    assert tested == set().union(*everything)
+
+
+def test_there_and_back_a_benchmark_is_the_same(
+    given_benchmark: tuple[Any, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, dataset = given_benchmark
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    T, number = len(given.train_stream), numbers(given, dataset)
+    world = build(
+        toy_scenario(
+            fleet={"num_devices": 1, "cohort": 1}, stream={"kind": "given", "num_experiences": T}
+        )
+    )
+    back = avalanche.as_avalanche(world, 0)
+    same = dict(zip(range(4), range(4), strict=True))
+    assert len(back.train_stream) == len(back.test_stream) == T
+    seen: set[int] = set()
+    for ours, theirs in zip(back.train_stream, given.train_stream, strict=True):
+        assert contents(ours.dataset, same) == contents(theirs.dataset, number)
+        assert ours.previous_classes == sorted(seen)
+        seen |= {label for _, label in contents(theirs.dataset, number)}
+        assert ours.classes_seen_so_far == sorted(seen)
+    if len(given.test_stream) == T:
+        for ours, theirs in zip(back.test_stream, given.test_stream, strict=True):
+            assert contents(ours.dataset, same) == contents(theirs.dataset, number)
+
+
+def test_another_number_of_experiences_than_the_benchmark_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = from_benchmark(benchmark("domains"), name="shifted")
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    with pytest.raises(ScenarioError, match="num_experiences: got 5; the data set 'shifted' has 3"):
+        build(toy_scenario(stream={"kind": "given", "num_experiences": 5}))
+
+
+def test_a_device_without_samples_of_a_given_experience_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = from_benchmark(benchmark("domains"))
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    world = build(  # each experience is a user of its own: a device has one, and idles in others
+        toy_scenario(
+            fleet={"num_devices": 3, "cohort": 3},
+            stream={"kind": "given", "num_experiences": 3},
+            partition={"kind": "user"},
+        )
+    )
+    assert [len(world.train_samples(1, position)) for position in range(3)] == [0, 16, 0]
+    with pytest.raises(ScenarioError, match="device 1 has no train samples at position 0"):
+        avalanche.as_avalanche(world, 1)
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[3] / "docs/avalanche.md").read_text()
+    for name, code in re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(code)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["turned.py", "turned.toml"]
+    monkeypatch.chdir(tmp_path)
+    record = edgelearn.simulate(load("turned.toml"))
+    assert len(record.rounds) == 12
+    assert record.scores().learning_accuracy > 0.8
