@@ -11,7 +11,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ from edgelearn.scenario import avalanche_names
 from edgelearn.scenario.benchmark import from_benchmark
 from edgelearn.scenario.datasets import Dataset
 from edgelearn.scenario.load import load
-from edgelearn.scenario.samples import OwnedSamples, SharedSamples
+from edgelearn.scenario.samples import OwnedSamples, Samples, SharedSamples
 from edgelearn.scenario.world import build
 from edgelearn.seeds import derive, permutation, split, torch_generator
 from edgelearn.testing.contract import check_strategy
@@ -831,6 +831,117 @@ def test_a_network_that_grows_is_refused_by_name() -> None:
     fit = learner.fit(state, params, device, position=0, server_round=1)
     with pytest.raises(StrategyError, match=r"changed the shape of 1.classifier.weight"):
         learner.fit(fit.state, params, device, position=2, server_round=2)
+
+
+# -- experiences that come in parts ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartsDevice(ToyDevice):
+    """A device each of whose rounds brings a third of an experience, as online streams do."""
+
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
+        whole = ToyDevice.samples(self, position)
+        if server_round is None:
+            return whole
+        part, count = (server_round - 1) % 3, len(whole)
+        return Samples(self.store, whole.ids[count * part // 3 : count * (part + 1) // 3])
+
+
+def parts_device(num_per_class: int = 6) -> PartsDevice:
+    """It meets classes 0 and 1, class 1 at the last, and then 2 and 3."""
+    store = toy_samples(num_per_class)
+    ids = torch.arange(len(store.y), dtype=torch.int32)
+    labels = store.labels(ids)
+    parts = tuple(torch.cat([ids[labels == c] for c in pair]) for pair in ((0, 1), (2, 3)))
+    return PartsDevice(0, store, parts)
+
+
+def samples_in(held: Any, depth: int = 12) -> list[Any]:
+    """All samples in data sets that an object holds."""
+    if isinstance(held, avalanche.library().utils.AvalancheDataset):
+        return [held[k][0] for k in range(len(held))]
+    if depth == 0 or isinstance(held, nn.Module | Tensor):
+        return []
+    if isinstance(held, dict):
+        inner = list(held.values())
+    elif isinstance(held, list | tuple):
+        inner = list(held)
+    else:
+        inner = list(vars(held).values()) if hasattr(held, "__dict__") else []
+    return [x for value in inner for x in samples_in(value, depth - 1)]
+
+
+def remembered(learner: Learner, memory: Memory, device: ToyDevice) -> set[int]:
+    """Ids of the samples that the device keeps for its strategy."""
+    kept = {n: v for n, v in kept_by(learner, memory, device).items() if n not in ("model",)}
+    store = device.store
+    assert isinstance(store, SharedSamples)
+    every = store.batch(torch.arange(len(store.y), dtype=torch.int32)).x
+    found = samples_in(kept)
+    return {int((every - x).flatten(1).abs().sum(1).argmin()) for x in found}
+
+
+AT_ONCE = ["Cumulative", "ER_ACE", "GDumb", "GDumbPlugin"]
+AT_THE_END = ["AGEM", "DER", "MER", "MIR", "Replay"]
+ROOM = {"mem_size": 99, "patterns_per_exp": 99, "subsample": 99}
+
+
+@pytest.mark.parametrize("name", [*AT_ONCE, *AT_THE_END])
+def test_what_arrives_in_parts_is_kept_as_it_arrives(name: str) -> None:
+    room = {key: ROOM[key] for key in ARGUMENTS[name] if key in ROOM}
+    learner = toy_learner(strategy(name, **room, state_kib=256))
+    device = parts_device()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    arrived: set[int] = set()
+    for position in (0, 1):
+        before = set(arrived)
+        for server_round in (1, 2, 3):
+            now = 3 * position + server_round
+            fit = learner.fit(state, params, device, position=position, server_round=now)
+            state, params = fit.state, moved(learner, params, fit.update.arrays)
+            arrived |= set(device.samples(position, server_round=now).ids.tolist())
+            kept = remembered(learner, state.memory, device)
+            assert kept == (arrived if name in AT_ONCE else before), (position, server_round)
+        state = learner.consolidate(state, params, device, upto=position + 1)
+        assert remembered(learner, state.memory, device) == arrived
+
+
+def test_classes_that_arrive_late_are_those_of_the_experience() -> None:
+    learner, device = toy_learner(strategy("LwF")), parts_device()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    for server_round in (1, 2, 3):
+        state = learner.fit(state, params, device, position=0, server_round=server_round).state
+    assert session_of(learner, state.memory, device)._classes == [[0, 1]]
+    state = learner.consolidate(state, params, device, upto=1)
+    fit = learner.fit(state, params, device, position=1, server_round=4)
+    session = session_of(learner, fit.state.memory, device)
+    assert session._classes == [[0, 1], [2]]
+    (plugin,) = [p for p in session.strategy.plugins if hasattr(p, "lwf")]
+    assert plugin.lwf.prev_classes_by_task == {0: {0, 1}}
+
+
+def test_what_counts_an_experience_when_it_begins_is_refused_in_parts() -> None:
+    learner, device = toy_learner(strategy("CWRStar")), parts_device()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    state = learner.fit(state, params, device, position=0, server_round=1).state
+    again = learner.fit(state, params, device, position=0, server_round=1)  # no more than before
+    with pytest.raises(StrategyError, match=r"CWRStar counts .* it needs stream.online = false"):
+        learner.fit(again.state, params, device, position=0, server_round=2)
+
+
+def test_a_fleet_learns_an_online_stream_with_er_ace_of_avalanche() -> None:
+    scenario = toy_scenario(
+        stream={"online": True, "rounds_per_experience": 3},
+        client={
+            "strategy": "avalanche:ER_ACE",
+            "args": {"mem_size": 24, "batch_size_mem": 4},
+            "epochs": 8,
+        },
+    )
+    record = edgelearn.simulate(scenario, engine="reference")
+    assert all(line["outcomes"]["ok"] == 4 for line in record.rounds)
+    assert record.scores().average_accuracy > 0.9
 
 
 # -- whole runs ------------------------------------------------------------------------------------
