@@ -346,10 +346,11 @@ def test_ones_own_plugin_in_a_file(tmp_path: Path) -> None:
 def test_what_the_documentation_shows_can_be_built() -> None:
     text = (Path(__file__).parents[3] / "docs" / "avalanche.md").read_text()
     shown = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.S)]
-    for tables in shown:
+    named = [tables for tables in shown if tables["client"]["strategy"].startswith("avalanche:")]
+    for tables in named:
         client = toy_scenario(client=tables["client"]).client
         assert isinstance(make_strategy(client.strategy, client.args), AvalancheStrategy)
-    assert len(shown) == 2
+    assert len(named) == 2
 
 
 @pytest.mark.parametrize("other", ["ewc", "replay"])
@@ -932,15 +933,16 @@ def test_what_counts_an_experience_when_it_begins_is_refused_in_parts() -> None:
 
 def test_a_fleet_learns_an_online_stream_with_er_ace_of_avalanche() -> None:
     scenario = toy_scenario(
+        fleet={"num_devices": 2, "cohort": 2},
         stream={"online": True, "rounds_per_experience": 3},
         client={
             "strategy": "avalanche:ER_ACE",
             "args": {"mem_size": 24, "batch_size_mem": 4},
-            "epochs": 8,
+            "epochs": 4,
         },
     )
     record = edgelearn.simulate(scenario, engine="reference")
-    assert all(line["outcomes"]["ok"] == 4 for line in record.rounds)
+    assert all(line["outcomes"]["ok"] == 2 for line in record.rounds)
     assert record.scores().average_accuracy > 0.9
 
 
