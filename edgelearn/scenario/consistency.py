@@ -26,6 +26,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
         yield from _order_faults(stream)
+        yield from _given_faults(stream)
         yield from _boundary_faults(stream)
         T = stream["num_experiences"]
         delay = _complete(LabelSpec, values.get("labels", {}))["delay"]
@@ -120,6 +121,12 @@ def _boundary_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
     elif stream["cumulative"]:
         message = "got true; samples that come again hide a change (boundaries are detected)"
         yield Fault("stream", "cumulative", message)
+
+
+def _given_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
+    if stream["kind"] == "given" and stream["shuffle_classes"]:
+        message = "got true; the data set says which experience each of its samples is of"
+        yield Fault("stream", "shuffle_classes", message)
 
 
 def _order_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:

@@ -19,7 +19,13 @@ from typing import Any
 from edgelearn.plugins import AVALANCHE, CODECS, NO_CODEC
 
 PARTITIONS = ("iid", "dirichlet", "shards", "user")
-STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-instances")
+STREAMS = (
+    "class-incremental",
+    "task-incremental",
+    "domain-incremental",
+    "new-instances",
+    "given",
+)
 ORDERS = ("shared", "per-device", "staggered")
 TRANSFORMS = ("permute", "rotate", "relabel")
 DRIFTS = ("sudden", "gradual", "recurring")
