@@ -18,6 +18,7 @@ from torch import Tensor
 
 import edgelearn
 from edgelearn.device.learner import Learner
+from edgelearn.device.learners import FleetLearners
 from edgelearn.errors import StateError
 from edgelearn.federated.loop import RoundLoop
 from edgelearn.federated.record import Line, RunRecord
@@ -98,12 +99,11 @@ def read_model(directory: Path, layout: Layout) -> Tensor:
         raise StateError(f"{path}: damaged or of another network: {error}") from error
 
 
-def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping[str, Any]) -> Line:
+def run_line(
+    scenario: Scenario, world: World, learners: FleetLearners, engine: Mapping[str, Any]
+) -> Line:
     """Return the first line of a record."""
-    stream, layout = world.stream, learner.model.layout
-    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
-    learner.model.module.eval()
-    prepared = runtime.prepare(learner.model, learner.model.initial())
+    stream, learner = world.stream, learners.whole
     orders = None if world.orders is None else world.orders.tolist()
     return {
         "kind": "run",
@@ -120,16 +120,33 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
         "orders": orders,
         "first_met": world.first_met.tolist() if world.is_uneven else None,
         "changes": world.changes() if learner.detector is not None else None,
-        "num_parameters": layout.num_network,
-        "model_bytes": {
-            "float": 4 * layout.num_network,
-            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
-        },
-        "memory_bytes_per_device": learner.memory_bytes,
+        **_size(world, learner),
+        "memory_bytes_per_device": learners.of_width(learners.widths[0]).memory_bytes,
+        "widths": list(world.widths) or None,
+        "submodels": [
+            {"width": width, **_size(world, learners.of_width(width))} for width in learners.widths
+        ]
+        if world.widths
+        else None,
         "client": scenario.client.strategy,
         "server": scenario.server.strategy,
         "runtime": scenario.runtime.name,
         "engine": dict(engine),
+    }
+
+
+def _size(world: World, learner: Learner) -> Line:
+    """Return what a model and learning with it take."""
+    model, runtime = learner.model, world.scenario.runtime
+    model.module.eval()
+    prepared = make_runtime(runtime.name, runtime.args).prepare(model, model.initial())
+    return {
+        "num_parameters": model.layout.num_network,
+        "model_bytes": {
+            "float": 4 * model.layout.num_network,
+            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
+        },
+        "memory_bytes_per_device": learner.memory_bytes,
     }
 
 

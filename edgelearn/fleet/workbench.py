@@ -1,10 +1,11 @@
-"""The bench at which simulated devices do their work, one after another, in any process."""
+"""The benches at which simulated devices do their work, one after another, in any process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from edgelearn.compress.codec import decoded
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
-from edgelearn.device.learner import DeviceState, make_learner
+from edgelearn.device.learner import DeviceState
+from edgelearn.device.learners import FleetLearners
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
@@ -43,17 +45,53 @@ class SimulatedData:
         return self.world.train_samples(self.device, position, server_round=server_round)
 
 
-class Workbench:
-    """Does jobs; a process has one, and several give the same bits as one."""
+@final
+class Workshop:
+    """Does jobs; a process has one, and several give the same bits as one.
+
+    It has a bench for each width of model that devices hold. The parameters of a job are those that
+    its device holds, and so is its update.
+    """
 
     def __init__(self, world: World, store_path: Path) -> None:
+        self._world, self._store_path = world, store_path
+        self._learners = FleetLearners(world)
+        self._benches: dict[float, Workbench] = {}
+        for width in self._learners.widths:  # what can't work shows before the first job
+            self._benches[width] = Workbench(world, store_path, self._learners, width=width)
+
+    def num_params(self, device: int) -> int:
+        """Return how many parameters a device holds, with what is shared beside the network."""
+        return self._learners.of_device(device).model.layout.size
+
+    def perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
+        """Do one job; `update` [p] takes what the server gets.
+
+        Whatever goes wrong is this device's failure, not the run's.
+        """
+        return self._bench(job).perform(job, params, update)
+
+    def evaluate(self, jobs: Sequence[Job], params: Tensor) -> list[Done]:
+        """Do the evaluations of a group, whose devices hold the same part, in one pass."""
+        return self._bench(jobs[0]).evaluate(jobs, params)
+
+    def _bench(self, job: Job) -> Workbench:
+        return self._benches[self._learners.width(job.device)]
+
+
+class Workbench:
+    """Does the jobs of devices that hold the same part of the model."""
+
+    def __init__(
+        self, world: World, store_path: Path, learners: FleetLearners, *, width: float
+    ) -> None:
         self._world = world
-        self._learner = make_learner(world)
+        self._learner = learners.of_width(width)
         runtime = world.scenario.runtime
         self._runtime = make_runtime(runtime.name, runtime.args)
         self._file = RecordFile(
             store_path,
-            RecordLayout.of(self._learner.declaration),
+            RecordLayout.of(self._learner.declaration, record_bytes=learners.record_bytes),
             world.scenario.fleet.num_devices,
         )
         self._prepared: tuple[int, Prepared] | None = None

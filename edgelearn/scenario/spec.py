@@ -100,6 +100,7 @@ class FleetSpec:
     num_devices: int = _rule("devices in the fleet", minimum=1, maximum=10_000_000)
     cohort: int = _rule("devices chosen for a round", minimum=1)
     profiles: Mapping[str, float] = _table("device profile -> its share of the fleet")
+    width: Mapping[str, float] = _table("device profile -> part of each hidden layer that it holds")
     deadline_s: float = _rule(
         "virtual seconds after which a reply is late; 0 is none", 0.0, minimum=0.0
     )

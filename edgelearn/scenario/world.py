@@ -16,6 +16,7 @@ from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.arrivals import Arrivals, arrivals, domain_of, drifted, first_met
 from edgelearn.scenario.datasets import Dataset, load_dataset
+from edgelearn.scenario.kinds import widths
 from edgelearn.scenario.labels import labelled, told
 from edgelearn.scenario.partition import Indices, partition, partition_like
 from edgelearn.scenario.presence import Presence, presence
@@ -55,6 +56,11 @@ class World:
     def orders(self) -> NDArray[np.int64] | None:
         """Experiences of each device in its order [D, T]; None if all share one."""
         return self.stream.orders(len(self.train_parts))
+
+    @cached_property
+    def widths(self) -> tuple[float, ...]:
+        """Width of each device's model, in (0, 1]; none if all hold the whole model."""
+        return widths(self.scenario.fleet, self.scenario.seed)
 
     @property
     def is_uneven(self) -> bool:
