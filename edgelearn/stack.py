@@ -92,8 +92,6 @@ class Stack:
             NotAStackError: With the reason, if it is not a plain stack.
         """
         layout = model.layout
-        if layout.num_trained != layout.num_network:
-            raise NotAStackError("some of its tensors are not trained by gradient")
         count = layout.num_trained_tensors
         names, sizes = layout.names[:count], layout.sizes[:count]
         ends = itertools.accumulate(sizes)
@@ -105,6 +103,8 @@ class Stack:
             except NotAStackError as error:
                 where = f" (layer {name!r})" if name else ""
                 raise NotAStackError(f"{error}{where}") from None
+        if layout.num_trained != layout.num_network:
+            raise NotAStackError("some of its tensors are not trained by gradient")
         owned = [place for layer in layers for place in _places_of(layer)]
         if sorted(owned) != sorted(places.values()):
             raise NotAStackError("layers share parameters")
