@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelearn.errors import Fault, ScenarioError, nearest
-from edgelearn.scenario.kinds import kinds
+from edgelearn.scenario.kinds import deal, names_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +101,6 @@ def load_profile(reference: str) -> Profile:
 
 def assign(shares: Mapping[str, float], num_devices: int, seed: int) -> tuple[Profile, ...]:
     """Give each device a profile, in proportion to the shares."""
-    names, places = kinds(shares, num_devices, seed)
-    profiles = [load_profile(name) for name in names]
+    profiles = [load_profile(name) for name in names_of(shares)]
+    places = deal(shares, num_devices, seed)
     return tuple(profiles[place] for place in places.tolist())

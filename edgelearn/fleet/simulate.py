@@ -33,7 +33,6 @@ from edgelearn.fleet.engines import open_engine
 from edgelearn.fleet.plan import Plan, forward_flops, make_plan
 from edgelearn.fleet.reference import one_thread
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
-from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.spec import FEDERATIONS, Scenario
 from edgelearn.scenario.world import World, build
 
@@ -154,7 +153,8 @@ def _prepare(scenario: Scenario, options: _Options) -> _Setup:
     world = build(scenario)
     learners = FleetLearners(world)
     learner, holdings = learners.whole, learners.holdings()
-    make_runtime(scenario.runtime.name, scenario.runtime.args)
+    for kind in world.kinds.kinds:
+        learners.runtime(kind)
     profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
     _check_budgets(learners, profiles, scenario)
     plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
@@ -258,13 +258,13 @@ def _engine_line(setup: _Setup) -> dict[str, Any]:
 def _flops(setup: _Setup) -> NDArray[np.float64]:
     """Return the floating-point operations of a forward pass on each device [D]."""
     world, count = setup.world, len(setup.profiles)
-    if not world.widths:
+    if not setup.holdings.widths:
         return np.full(count, setup.plan.flops_per_sample)
     of_width = {
         width: forward_flops(world, setup.learners.of_width(width).model)
-        for width in setup.learners.widths
+        for width in world.kinds.widths
     }
-    return np.array([of_width[width] for width in world.widths])
+    return np.array([of_width[width] for width in setup.holdings.widths])
 
 
 def _check_budgets(

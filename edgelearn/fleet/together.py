@@ -64,7 +64,9 @@ def not_declared(learner: Learner) -> str | None:
 
 def holds_parts(world: World) -> str | None:
     """Return why devices can't be trained as a stack of equal ones; None if they can."""
-    return "devices hold sub-models of different widths (fleet.width)" if world.widths else None
+    if world.kinds.widths == (1.0,):
+        return None
+    return "devices hold sub-models of different widths (fleet.width)"
 
 
 def feeds_back(learner: Learner) -> str | None:

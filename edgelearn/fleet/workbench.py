@@ -18,7 +18,8 @@ from edgelearn.device.learners import FleetLearners
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
-from edgelearn.runtime.protocol import Prepared, make_runtime
+from edgelearn.runtime.protocol import Prepared
+from edgelearn.scenario.kinds import Kind
 from edgelearn.scenario.samples import Samples, SampleStore
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
@@ -49,16 +50,16 @@ class SimulatedData:
 class Workshop:
     """Does jobs; a process has one, and several give the same bits as one.
 
-    It has a bench for each width of model that devices hold. The parameters of a job are those that
-    its device holds, and so is its update.
+    It has a bench for each kind of device. The parameters of a job are those that its device holds,
+    and so is its update.
     """
 
     def __init__(self, world: World, store_path: Path) -> None:
         self._world, self._store_path = world, store_path
         self._learners = FleetLearners(world)
-        self._benches: dict[float, Workbench] = {}
-        for width in self._learners.widths:  # what can't work shows before the first job
-            self._benches[width] = Workbench(world, store_path, self._learners, width=width)
+        self._benches = [
+            Workbench(world, store_path, self._learners, kind) for kind in world.kinds.kinds
+        ]
 
     def num_params(self, device: int) -> int:
         """Return how many parameters a device holds, with what is shared beside the network."""
@@ -73,22 +74,23 @@ class Workshop:
 
     def evaluate(self, jobs: Sequence[Job], params: Tensor) -> list[Done]:
         """Do the evaluations of a group, whose devices hold the same part, in one pass."""
-        return self._bench(jobs[0]).evaluate(jobs, params)
+        done: dict[int, Done] = {}
+        for bench in dict.fromkeys(map(self._bench, jobs)):
+            theirs = [job for job in jobs if self._bench(job) is bench]
+            done |= {result.row: result for result in bench.evaluate(theirs, params)}
+        return [done[job.row] for job in jobs]
 
     def _bench(self, job: Job) -> Workbench:
-        return self._benches[self._learners.width(job.device)]
+        return self._benches[self._world.kinds.place(job.device)]
 
 
 class Workbench:
-    """Does the jobs of devices that hold the same part of the model."""
+    """Does the jobs of devices of one kind."""
 
-    def __init__(
-        self, world: World, store_path: Path, learners: FleetLearners, *, width: float
-    ) -> None:
+    def __init__(self, world: World, store_path: Path, learners: FleetLearners, kind: Kind) -> None:
         self._world = world
-        self._learner = learners.of_width(width)
-        runtime = world.scenario.runtime
-        self._runtime = make_runtime(runtime.name, runtime.args)
+        self._learner = learners.of_width(kind.width)
+        self._runtime = learners.runtime(kind)
         self._file = RecordFile(
             store_path,
             RecordLayout.of(self._learner.declaration, record_bytes=learners.record_bytes),

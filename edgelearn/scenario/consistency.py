@@ -60,7 +60,7 @@ def _fleet_faults(
     for name, share in (fleet["profiles"] or {}).items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not share > 0:
             yield Fault("fleet.profiles", name, f"got {share!r}; expected a share above 0")
-    yield from _width_faults(fleet["width"] or {}, fleet["profiles"] or (DEFAULT_KIND,))
+    yield from _kind_faults(fleet, fleet["profiles"] or (DEFAULT_KIND,))
     T, late, leaving = num_experiences, fleet["late_share"], fleet["leaving_share"]
     if T is None or late is None or leaving is None:
         return
@@ -72,11 +72,17 @@ def _fleet_faults(
         yield Fault("fleet", "leaving_share", f"got {leaving:g}; {message}")
 
 
-def _width_faults(width: Mapping[str, Any], kinds: Iterable[str]) -> Iterator[Fault]:
-    for name, part in width.items():
-        if name not in kinds:
-            message = f"no profile of the fleet{nearest(name, kinds)}; allowed: {', '.join(kinds)}"
-            yield Fault("fleet.width", name, message)
+def _kind_faults(fleet: Mapping[str, Any], kinds: Iterable[str]) -> Iterator[Fault]:
+    for key in ("width", "runtime_args"):
+        for name in fleet[key] or {}:
+            if name not in kinds:
+                close = nearest(name, kinds)
+                message = f"no profile of the fleet{close}; allowed: {', '.join(kinds)}"
+                yield Fault(f"fleet.{key}", name, message)
+    for name, arguments in (fleet["runtime_args"] or {}).items():
+        if not isinstance(arguments, Mapping):
+            yield Fault("fleet.runtime_args", name, f"expected a table, got {arguments!r}")
+    for name, part in (fleet["width"] or {}).items():
         if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
             message = f"got {part!r}; a number above 0 and at most 1 is expected"
             yield Fault("fleet.width", name, message)

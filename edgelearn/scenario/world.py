@@ -16,7 +16,7 @@ from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.arrivals import Arrivals, arrivals, domain_of, drifted, first_met
 from edgelearn.scenario.datasets import Dataset, load_dataset
-from edgelearn.scenario.kinds import widths
+from edgelearn.scenario.kinds import Kinds, kinds_of
 from edgelearn.scenario.labels import labelled, told
 from edgelearn.scenario.partition import Indices, partition, partition_like
 from edgelearn.scenario.presence import Presence, presence
@@ -58,9 +58,9 @@ class World:
         return self.stream.orders(len(self.train_parts))
 
     @cached_property
-    def widths(self) -> tuple[float, ...]:
-        """Width of each device's model, in (0, 1]; none if all hold the whole model."""
-        return widths(self.scenario.fleet, self.scenario.seed)
+    def kinds(self) -> Kinds:
+        """Which kind of device each one is."""
+        return kinds_of(self.scenario.fleet, self.scenario.runtime, self.scenario.seed)
 
     @property
     def is_uneven(self) -> bool:

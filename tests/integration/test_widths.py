@@ -23,7 +23,7 @@ from edgelearn.fleet.plan import make_plan
 from edgelearn.fleet.simulate import resume, simulate
 from edgelearn.fleet.workbench import SimulatedData
 from edgelearn.params import Layout
-from edgelearn.report import widths as report
+from edgelearn.report import kinds as report
 from edgelearn.report.page import render_page
 from edgelearn.report.tables import summary_table
 from edgelearn.scenario.load import load
@@ -80,6 +80,10 @@ def narrow(**tables: Any) -> Scenario:
     return toy_scenario(**{"model": {"name": "mlp", "args": {"hidden": [4]}}, **tables})
 
 
+def widths_of(record: RunRecord) -> list[float]:
+    return [record.run["kinds"][place]["width"] for place in record.run["kind_of"]]
+
+
 def places(scenario: Scenario, width: float) -> tuple[Layout, Tensor]:
     learners = FleetLearners(build(scenario))
     whole = learners.whole.model.layout
@@ -131,14 +135,14 @@ def test_bytes_time_and_energy_are_those_of_a_narrow_network() -> None:
         assert mine["clock_s"] == other["clock_s"]
         assert mine["energy_j"] == other["energy_j"]
         assert mine["outcomes"]["ok"] + mine["outcomes"]["idle"] == 4
-    (part,) = ours.run["submodels"]
+    (part,) = ours.run["kinds"]
     for key in ("num_parameters", "model_bytes", "memory_bytes_per_device"):
         assert part[key] == theirs.run[key]
 
 
 def test_each_device_is_billed_for_what_it_holds(mixed: Callable[..., Scenario]) -> None:
     found, small, large = simulate(mixed()), simulate(alike()), simulate(toy_scenario())
-    widths = found.run["widths"]
+    widths = widths_of(found)
     assert sorted(widths) == [0.5, 0.5, 1.0, 1.0]
     for device, width in enumerate(widths):
         expected = small if width == 0.5 else large
@@ -222,7 +226,9 @@ def test_workers_and_interruptions_change_no_bit(
 def test_the_apps_on_real_devices_end_where_the_simulator_does(
     mixed: Callable[..., Scenario], tmp_path: Path, codec: str
 ) -> None:
+    small = str(tmp_path / "small.toml")
     scenario = mixed(
+        fleet={"runtime_args": {small: {"weight_bits": 3}}},
         wire={"codec": codec},
         client={"strategy": "ewc", "args": {}},
         stream={"rounds_per_experience": 1},
@@ -247,25 +253,66 @@ def test_the_apps_on_real_devices_end_where_the_simulator_does(
     assert record.device_rows == simulated.device_rows
     stored = [load_file(path) for path in sorted((tmp_path / "state").glob("*/state.safetensors"))]
     held = [len(state["memory.anchor"]) for state in stored]
-    assert held == [172 if width == 1 else 88 for width in record.run["widths"]]
+    assert held == [172 if width == 1 else 88 for width in widths_of(record)]
 
 
 def test_the_record_and_the_report_tell_widths_apart(mixed: Callable[..., Scenario]) -> None:
     record = simulate(mixed())
-    wide, small = report.by_width(record)
+    wide, small = report.by_kind(record)
     assert (wide.width, wide.num_devices, wide.num_parameters) == (1.0, 2, 172)
     assert (small.width, small.num_devices, small.num_parameters) == (0.5, 2, 88)
     assert small.model_bytes < wide.model_bytes
     assert small.up < wide.up
     line = record.device_rows[-1]
-    rows = [k for k, device in enumerate(line["devices"]) if record.run["widths"][device] == 0.5]
+    rows = [k for k, device in enumerate(line["devices"]) if widths_of(record)[device] == 0.5]
     correct, count = (sum(sum(line[name][k]) for k in rows) for name in ("served", "count"))
     assert small.served == correct / count
-    assert "width 0.5: 2 devices" in str(summary_table(record).caption)
-    assert "By width of the model" in render_page(record, {})
+    assert "small (width 0.5): 2 devices" in str(summary_table(record).caption)
+    assert "By kind of device" in render_page(record, {})
     plain = simulate(toy_scenario())
-    assert report.by_width(plain) == ()
+    assert report.by_kind(plain) == ()
     assert report.section(plain) == ""
+
+
+# -- bits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"engine": "pool", "num_workers": 2}], ids=["one", "pool"])
+def test_a_kind_of_device_may_serve_with_fewer_bits(
+    mixed: Callable[..., Scenario], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    small = str(tmp_path / "small.toml")
+
+    def run(bits: int, fleet: dict[str, Any]) -> RunRecord:
+        runtime = {"args": {"weight_bits": bits}}
+        return simulate(
+            mixed(width=1.0, server={"strategy": "FedAvg"}, runtime=runtime, fleet=fleet), **how
+        )
+
+    both = run(8, {"runtime_args": {small: {"weight_bits": 2}}})
+    assert both.run["engine"]["federation"] == "fused"
+    coarse, fine = run(2, {}), run(8, {})
+    rows = [record.device_rows[-1] for record in (both, coarse, fine)]
+    assert rows[1]["served"] != rows[2]["served"]
+    for device, kind in enumerate(both.run["kind_of"]):
+        expected = {8: rows[2], 2: rows[1]}[both.run["kinds"][kind]["runtime_args"]["weight_bits"]]
+        assert rows[0]["devices"][device] == device
+        for name in ("count", "served", "float"):
+            assert rows[0][name][device] == expected[name][device]
+    first, last = report.by_kind(both)
+    assert (first.title, last.title) == ("large (weight_bits 8)", "small (weight_bits 2)")
+    assert last.model_bytes == coarse.run["model_bytes"]["served"]
+    assert first.model_bytes == fine.run["model_bytes"]["served"]
+
+
+def test_arguments_that_a_runtime_does_not_take(tmp_path: Path) -> None:
+    wrong = {"phone-mid": {"weight_bits": 9}}
+    with pytest.raises(ScenarioError, match="weight_bits is 9; allowed: 2 to 8"):
+        simulate(toy_scenario(fleet={"runtime_args": wrong}))
+    with pytest.raises(ScenarioError, match="expected a table, got 4"):
+        toy_scenario(fleet={"runtime_args": {"phone-mid": 4}})
+    with pytest.raises(ScenarioError, match="no profile of the fleet"):
+        toy_scenario(fleet={"runtime_args": {"hub": {"weight_bits": 4}}})
 
 
 # -- what does not go ------------------------------------------------------------------------------
