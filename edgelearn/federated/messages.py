@@ -190,6 +190,19 @@ def check_decoder(config: ConfigRecord, codec: str) -> None:
         )
 
 
+def check_cutter(config: ConfigRecord, width: float) -> None:
+    """Refuse a server that sends whole models to all devices: one without edgelearn's loop.
+
+    Raises:
+        RunError: If it does.
+    """
+    if config.get("edgelearn-wire") != "delta":
+        raise RunError(
+            f"this device holds a sub-model of width {width:g}, and this server sends whole models:"
+            " use edgelearn's own loop, or set fleet.width to 1"
+        )
+
+
 def reply_content(metrics: Mapping[str, Any], arrays: ArrayRecord | None = None) -> RecordDict:
     """Return the content of a reply."""
     content = RecordDict({METRICS: MetricRecord(dict(metrics))})

@@ -18,6 +18,7 @@ from edgelearn.scenario.arrivals import Arrivals, arrivals, domain_of, drifted, 
 from edgelearn.scenario.datasets import load_dataset
 from edgelearn.scenario.dealing import deal
 from edgelearn.scenario.given import experiences_of, given_classes
+from edgelearn.scenario.kinds import Kinds, kinds_of
 from edgelearn.scenario.labels import labelled, told
 from edgelearn.scenario.partition import Indices
 from edgelearn.scenario.presence import Presence, presence
@@ -62,6 +63,11 @@ class World:
     def orders(self) -> NDArray[np.int64] | None:
         """Experiences of each device in its order [D, T]; None if all share one."""
         return self.stream.orders(len(self.train_parts))
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """Which kind of device each one is."""
+        return kinds_of(self.scenario.fleet, self.scenario.runtime, self.scenario.seed)
 
     @property
     def is_uneven(self) -> bool:

@@ -174,6 +174,14 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "wire-int4": {"wire": {"codec": "int4"}},
     "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
+    "widths-replay": {
+        "fleet": {
+            "profiles": {"phone-mid": 1.0, "sensor-hub": 1.0},
+            "width": {"sensor-hub": 0.5},
+        },
+        "server": {"strategy": "HeteroFL"},
+        "client": {"args": {"capacity": 20}},
+    },
 }
 
 
