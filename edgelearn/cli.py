@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgelearn
+from edgelearn.compressing.options import compress_options
 from edgelearn.errors import EdgelearnError, Fault, PluginError, ScenarioError
 
 if TYPE_CHECKING:
@@ -113,20 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     smaller = _command(commands, "compress", _compress, "make a model smaller, stage by stage")
-    smaller.add_argument(
-        "target", help="model, file that this command wrote, or directory of a run"
-    )
-    smaller.add_argument(
-        "--pipeline", metavar="STAGES", default="", help='such as "prune(0.9) | quantize | pack"'
-    )
-    smaller.add_argument("--data", metavar="NAME", default="", help="data set (default: digits)")
-    smaller.add_argument("--args", metavar="TOML", default="", help="of a model: 'hidden=32'")
-    for part in ("train", "test"):
-        text = f"use at most this many {part} samples of the data set"
-        smaller.add_argument(f"--max-{part}", metavar="N", type=int, default=0, help=text)
-    smaller.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
-    smaller.add_argument("--runs", metavar="N", type=int, default=200, help="calls that are timed")
-    smaller.add_argument("--out", metavar="DIR", help="new folder for files (default: none)")
+    compress_options(smaller)
 
     again = _command(
         commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"

@@ -2,8 +2,8 @@
 
 A channel that goes out of one layer comes into the next, into the norm between them, and into all
 that a residual sum ties it to; all of it has to go at once. torch-pruning (an extra: `prune`) finds
-these groups by following a forward pass. The importance of a group's channel is the Euclidean norm
-of its weights in each layer, averaged over the layers of the group.
+these groups by following a forward pass. The importance of a channel is the squared Euclidean norm
+of its weights in a layer, averaged over the layers and norms of its group.
 
 References: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", ICLR 2017,
 arXiv:1608.08710 (norms of filters; theirs is L1); Fang, Ma, Song, Mi, Wang, "DepGraph: Towards Any

@@ -1,12 +1,15 @@
 """`edgelearn compress`: a network through a pipeline, measured after each stage.
 
 `subject` finds the network and its samples, `rows` measures, `run` goes through the stages and
-writes files, `command` is the command line. From Python:
+writes files, `options` and `command` are the command line. From Python:
 
-    from edgelearn.compressing import compress
+    from edgelearn.compress.tune import samples_of
+    from edgelearn.compressing.run import compress
 
     report = compress(
-        module, train=samples_of(x, y), test=samples_of(x_test, y_test),
+        module,
+        train=samples_of(x, y),
+        test=samples_of(x_test, y_test),
         pipeline='train(5) | prune_channels(0.5) | distill | quantize(runtime="onnxruntime")',
         out=Path("small"),
     )
@@ -15,8 +18,3 @@ writes files, `command` is the command line. From Python:
 The stages themselves are in `edgelearn.compress.pipeline`; a new one is declared in
 `edgelearn.scenario.stages` and run there.
 """
-
-from edgelearn.compressing.rows import Row
-from edgelearn.compressing.run import Report, compress
-
-__all__ = ["Report", "Row", "compress"]

@@ -1,7 +1,4 @@
-"""`edgelearn compress`: its options, and the table that grows by a row with each stage.
-
-Its options are declared in `edgelearn.cli`, since a command line starts without torch.
-"""
+"""`edgelearn compress`: a table that grows by a row with each stage."""
 
 from __future__ import annotations
 
@@ -118,7 +115,7 @@ def empty_table(title: str, *, num_runs: int) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("stage")
+    table.add_column("stage", overflow="fold")
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("executed by")

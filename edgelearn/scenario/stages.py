@@ -150,21 +150,25 @@ def faults_of(text: str) -> list[Fault]:
 
 
 def written(stages: tuple[Stage, ...]) -> str:
-    """Return the line that declares stages, without what is default; `parse` gives them back.
+    """Return the line that declares stages; `parse` gives them back.
+
+    Of what is default, only the first argument is written.
 
     Example:
         >>> written(parse("prune(0.9,epochs = 3)|quantize( 8 )"))
-        'prune(sparsity=0.9) | quantize'
+        'prune(0.9) | quantize(8)'
     """
     return " | ".join(map(_written, stages))
 
 
 def _written(stage: Stage) -> str:
-    given = [
-        f"{field.name}={toml_value(plain(value))}"
-        for field in dataclasses.fields(stage)
-        if (value := getattr(stage, field.name)) != _default(field)
-    ]
+    given = []
+    for field in dataclasses.fields(stage):
+        value = getattr(stage, field.name)
+        if field.name == stage.main and value != "":
+            given.insert(0, toml_value(plain(value)))
+        elif value != _default(field):
+            given.append(f"{field.name}={toml_value(plain(value))}")
     return f"{stage.verb}({', '.join(given)})" if given else stage.verb
 
 

@@ -12,7 +12,7 @@ import torch
 from edgelearn.compress import structured
 from edgelearn.compress.cost import cost
 from edgelearn.compress.stored import read
-from edgelearn.compressing import Report, compress
+from edgelearn.compressing.run import Report, compress
 from edgelearn.errors import ExtraMissingError, RunError, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.int8 import Int8Runtime
@@ -47,7 +47,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
 
 def test_each_stage_has_a_row_that_says_what_the_network_costs(done: tuple[Report, Path]) -> None:
     report, _ = done
-    stages = ["given", "train(epochs=12, lr=0.02)", "prune(sparsity=0.5)", "quantize", "pack"]
+    stages = ["given", "train(12, lr=0.02)", "prune(0.5)", "quantize(8)", "pack"]
     assert [row.stage for row in report.rows] == stages
     x = samples().batch().x
     for row, module in zip(report.rows, report.networks, strict=True):
@@ -80,7 +80,7 @@ def test_the_files_are_what_the_rows_say(done: tuple[Report, Path]) -> None:
         assert len(data) == row.disk_bytes
         found = read(data, source=row.artefact)
         assert found.facts["model"] == "toy"
-        assert found.facts["pipeline"].startswith("train(epochs=12")
+        assert found.facts["pipeline"].startswith("train(12")
         model = FlatModel(module)
         for name, value in model.layout.views(model.initial()).items():
             step = float(value.abs().max()) / 127
@@ -93,7 +93,7 @@ def test_the_report_holds_the_rows_and_what_they_depend_on(done: tuple[Report, P
     report, out = done
     found = json.loads((out / "report.json").read_text())
     assert found == json.loads(json.dumps(report.as_dict()))
-    assert found["pipeline"] == "train(epochs=12, lr=0.02) | prune(sparsity=0.5) | quantize | pack"
+    assert found["pipeline"] == "train(12, lr=0.02) | prune(0.5) | quantize(8) | pack"
     assert (found["num_train"], found["num_test"], found["model"]) == (60, 20, "toy")
     assert found["rows"][2]["nonzero"] == 92
     assert set(found["versions"]) == {"torch", "numpy"}

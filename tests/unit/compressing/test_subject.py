@@ -98,7 +98,7 @@ def test_the_command_compresses_a_run_and_its_own_files(
         assert part in printed, part
     assert f"report: {out / 'report.json'}" in printed
     report = json.loads((out / "report.json").read_text())
-    assert report["pipeline"] == "prune(epochs=1, sparsity=0.5) | quantize"
+    assert report["pipeline"] == "prune(0.5, epochs=1) | quantize(8)"
     assert report["digest"] == edgelearn.load(run_directory / "scenario.toml").digest
     file = out / report["rows"][1]["artefact"]
     subject = find(str(file))
