@@ -162,7 +162,7 @@ def written(stages: tuple[Stage, ...]) -> str:
 
 
 def _written(stage: Stage) -> str:
-    given = []
+    given: list[str] = []
     for field in dataclasses.fields(stage):
         value = getattr(stage, field.name)
         if field.name == stage.main and value != "":
