@@ -198,3 +198,19 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(structured, "import_module", missing)
     with pytest.raises(ExtraMissingError, match=r"torch-pruning.*edgelearn\[prune\]"):
         prune_channels(residual(), images(), ratio=0.5)
+
+
+@needs_extra
+def test_mobilenet_v2_loses_half_its_channels_and_is_read_back() -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    module = models.mobilenet_v2(num_classes=10).eval()
+    x = torch.rand(2, 3, 32, 32)
+    smaller = prune_channels(module, x, ratio=0.5)
+    whole, less = cost(module, x), cost(smaller, x)
+    assert (whole.parameters, whole.macs) == (2_236_682, 6_124_928)
+    assert less.parameters < 0.3 * whole.parameters
+    assert less.macs < 0.3 * whole.macs
+    tensors = FlatModel(smaller).layout.views(FlatModel(smaller).initial())
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    assert torch.equal(loaded(resized(module, shapes), tensors)(x), smaller(x))
