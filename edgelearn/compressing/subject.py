@@ -115,8 +115,8 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, int], seed: int | 
     views = layout.views(read_model(directory, layout))
     tensors = {name: value for name, value in views.items() if not name.startswith(SHARED)}
     if dataset:
-        model = scenario.model
-        other = _scenario(model.name, model.args, dataset, cuts, seed or scenario.seed)
+        model, chosen = scenario.model, scenario.seed if seed is None else seed
+        other = _scenario(model.name, model.args, dataset, cuts, chosen)
         world = build(other)
         shapes = FlatModel(world.model().module).layout.shapes
         if shapes != tuple(tuple(value.shape) for value in tensors.values()):
@@ -147,10 +147,22 @@ def _of_file(path: Path, dataset: str, cuts: Mapping[str, int], seed: int) -> Su
     world = build(scenario)
     shapes = {name: tuple(value.shape) for name, value in stored.tensors.items()}
     try:
-        module = resized(world.model().module, shapes)
+        module = loaded(resized(world.model().module, shapes), stored.tensors)
     except StateError as error:
         raise StateError(f"{path}: {error}") from error
-    return _subject(world, loaded(module, stored.tensors), AFTERWARDS)
+    if not _answers(module, world):  # smaller layers alone do not make it one for other samples
+        raise StateError(f"{path}: the network does not fit samples of {scenario.data.dataset!r}")
+    return _subject(world, module, AFTERWARDS)
+
+
+def _answers(module: nn.Module, world: World) -> bool:
+    """Whether a network answers the samples of a world with its classes."""
+    x = world.test.batch(torch.zeros(1, dtype=torch.int64)).x
+    try:
+        with torch.no_grad():
+            return tuple(module(x).shape) == (1, world.num_classes)
+    except RuntimeError:  # layers of other sizes
+        return False
 
 
 def _scenario(

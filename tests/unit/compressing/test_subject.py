@@ -84,7 +84,9 @@ def test_of_a_run_it_is_the_final_model_with_the_samples_of_all(run_directory: P
     assert len(subject.test) == domains * len(world.test.y)
     assert sorted(set(subject.test.ids.tolist())) == subject.test.ids.tolist()
     elsewhere = find(str(run_directory), dataset=TOY, max_train=20)
-    assert len(elsewhere.train) == 20
+    assert (len(elsewhere.train), elsewhere.seed) == (20, 3)
+    assert find(str(run_directory), dataset=TOY, seed=0).seed == 0
+    assert find(str(run_directory), seed=0).seed == 0
     assert torch.equal(answers(elsewhere.module), answers(subject.module))
 
 
@@ -103,6 +105,8 @@ def test_the_command_compresses_a_run_and_its_own_files(
     file = out / report["rows"][1]["artefact"]
     subject = find(str(file))
     assert subject.pipeline == AFTERWARDS
+    with pytest.raises(StateError, match="does not fit samples of 'digits'"):
+        find(str(file), dataset="digits")
     zeros = sum(int((p == 0).sum()) for p in subject.module.parameters())
     assert zeros == report["rows"][1]["parameters"] - report["rows"][1]["nonzero"] > 0
     assert main(["compress", str(file), "--runs", "2", "--pipeline", "quantize | pack"]) == 0
