@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgelearn
+from edgelearn.compressing.options import compress_options
 from edgelearn.errors import EdgelearnError, Fault, PluginError, ScenarioError
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         default=7,
         help="7: exact on every processor; 8: on ARM and x86 with VNNI; 32: float (default: 7)",
     )
+
+    smaller = _command(commands, "compress", _compress, "make a model smaller, stage by stage")
+    compress_options(smaller)
 
     again = _command(
         commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"
@@ -528,6 +532,13 @@ def _export(options: argparse.Namespace) -> int:
     )
     what = "float" if options.weight_bits == 32 else how
     print(f"{done.path}: {done.num_bytes:,} bytes, {what}")
+    return DONE
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from edgelearn.compressing.command import run_command
+
+    run_command(options)
     return DONE
 
 

@@ -21,6 +21,7 @@ from edgelearn.params import FlatModel
 from edgelearn.runtime.protocol import Predictor, Runtime
 
 BATCHES = (1, 32)
+_ROWS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ def measure(
             "at least 1, 0 and 1"
         )
     with torch.no_grad(), _threads(num_threads):
-        answers = predict(x).argmax(1)
-        agreement = (answers == reference(x).argmax(1)).double().mean()
+        answers = _answers(predict, x)
+        agreement = (answers == _answers(reference, x)).double().mean()
         accuracy = None if y is None else float((answers == y).double().mean())
         latencies = tuple(_latency(predict, x, batch, num_warm, num_runs) for batch in batches)
     return Measured(latencies, predict.model_bytes, float(agreement), accuracy)
@@ -127,6 +128,11 @@ def refresh_ms(
             runtime.prepare(model, new).calibrated(calibration)
             taken_ms.append(1000 * (time.perf_counter() - begun))
     return float(np.median(taken_ms[1:]))
+
+
+def _answers(predict: Predictor, x: Tensor) -> Tensor:
+    """Return the answers [n], in parts: what a network holds for all inputs may be gigabytes."""
+    return torch.cat([predict(rows).argmax(1) for rows in torch.split(x, _ROWS)])
 
 
 def _latency(predict: Predictor, x: Tensor, batch: int, num_warm: int, num_runs: int) -> Latency:

@@ -61,10 +61,26 @@ def from_dict(
         faults += _override(tables, name, value)
     values = _values(Scenario, tables, "", faults)
     faults += consistency.faults(values)
+    faults += _pipeline_faults(values.get("compress", {}).get("pipeline"))
     if faults:
         raise ScenarioError(source, _locate(faults, text, overridden))
     scenario: Scenario = _make(Scenario, values)
     return scenario
+
+
+def _pipeline_faults(text: str | None) -> list[Fault]:
+    if not text:
+        return []
+    from edgelearn.scenario.stages import faults_of  # here, as stages are checked by what is below
+
+    return [Fault("compress", "pipeline", str(fault)) for fault in faults_of(text)]
+
+
+def checked(kind: type[Any], raw: Mapping[str, Any], table: str, faults: list[Fault]) -> Any:
+    """Return a dataclass made of a table, or None; what is wrong is added to `faults`."""
+    before = len(faults)
+    values = _values(kind, raw, table, faults)
+    return None if len(faults) > before else _make(kind, values)
 
 
 def _copy(value: Any) -> Any:
@@ -317,6 +333,11 @@ def to_toml(scenario: Scenario) -> str:
         if isinstance(values, dict):
             lines += _toml_table(table, values)
     return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """Return a plain value as TOML writes it on one line."""
+    return _toml(value)
 
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> list[str]:

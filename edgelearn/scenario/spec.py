@@ -68,6 +68,9 @@ def _table(help: str) -> Any:  # noqa: A002
     )
 
 
+rule, table = _rule, _table  # for other dataclasses that are checked as scenarios are
+
+
 def _read_only(values: dict[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType(values)
 
@@ -236,6 +239,13 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompressSpec:
+    """`[compress]`: what `edgelearn compress` makes of the final global model of a run."""
+
+    pipeline: str = _rule("stages with | between them, such as prune(0.9) | quantize", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """Everything that defines a run but the code: frozen, comparable, with a digest."""
 
@@ -253,6 +263,7 @@ class Scenario:
     wire: WireSpec = field(default_factory=WireSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    compress: CompressSpec = field(default_factory=CompressSpec)
 
     @property
     def num_rounds(self) -> int:
@@ -274,6 +285,8 @@ class Scenario:
         values = self.as_dict()
         for key in ("root", "download"):
             del values["data"][key]
+        if self.compress == CompressSpec():  # as before there was such a table
+            del values["compress"]
         text = json.dumps(_portable(values), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -287,6 +300,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+plain = _plain
 
 
 def _portable(value: Any) -> Any:
