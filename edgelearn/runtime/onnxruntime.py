@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgelearn.compress.quantize import LARGEST_CODE
 from edgelearn.errors import ExtraMissingError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded
@@ -36,7 +37,7 @@ from edgelearn.runtime.qdq import (
     quantized_weights,
 )
 
-_LARGEST = {7: 64, 8: 127}
+_BITS = (7, 8)
 _FLOAT = 32
 
 
@@ -60,7 +61,8 @@ def exact_weight_bits(machine: str, flags: str) -> int:
     return 7 if is_x86 and not has_vnni else 8
 
 
-def _exact_here() -> int:
+def exact_here() -> int:
+    """Return how many bits of a weight the engine's kernels multiply exactly on this processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     flags = next((line for line in lines if line.startswith("flags")), "")
@@ -131,7 +133,7 @@ class _UncalibratedPredictor:
         """Return logits [B, C]."""
         if not len(x):
             return torch.empty(0, self.prepared.template(tuple(x.shape[1:])).num_outputs)
-        return torch.cat([self.prepared.calibrated(row)(row) for row in torch.split(x, 1)])
+        return torch.cat([self.prepared.for_one(row)(row) for row in torch.split(x, 1)])
 
 
 @final
@@ -156,8 +158,17 @@ class OnnxPrepared:
             return OnnxPredictor(artefact, tuple(calibration.shape[1:]))
         return _UncalibratedPredictor(self, len(artefact))
 
-    def artefact(self, calibration: Tensor) -> bytes:
-        """Return the file of the model, calibrated on inputs [n, ...]; with none, it has no use."""
+    def for_one(self, x: Tensor) -> OnnxPredictor:
+        """Return the predictor of a single input [1, ...], which has that input's own ranges."""
+        return OnnxPredictor(self.artefact(x, is_calibrated=False), tuple(x.shape[1:]))
+
+    def artefact(self, calibration: Tensor, *, is_calibrated: bool = True) -> bytes:
+        """Return the file of the model, its ranges those of inputs [n, ...].
+
+        Args:
+            calibration: The inputs; with none, the file has no use.
+            is_calibrated: Whether these ranges are to hold for other inputs.
+        """
         template, folded, weights = self._made(tuple(calibration.shape[1:]))
         if not template.is_quantized:
             return template.artefact(weights)
@@ -167,14 +178,15 @@ class OnnxPrepared:
         else:
             nothing = torch.zeros(())
             ranges = {point.name: (nothing, nothing) for point in template.points}
-        return template.artefact(quantized_numbers(template, folded, weights, ranges))
+        numbers = quantized_numbers(template, folded, weights, ranges, is_calibrated=is_calibrated)
+        return template.artefact(numbers)
 
     def _made(self, shape: tuple[int, ...]) -> tuple[Template, Folded, dict[str, Array]]:
         if self._of is None or self._of[0].shape != shape:
             template = self._runtime.template(self._model, shape)
             folded = template.network.folded(self._model, self._params)
             if template.is_quantized:
-                weights = quantized_weights(folded, largest=_LARGEST[self._bits])
+                weights = quantized_weights(folded, largest=LARGEST_CODE[self._bits])
             else:
                 weights = float_numbers(template.network, folded)
             self._of = template, folded, weights
@@ -204,13 +216,13 @@ class OnnxRuntime:
     """
 
     def __init__(self, *, weight_bits: int = 0) -> None:
-        if weight_bits not in (0, *_LARGEST, _FLOAT):
+        if weight_bits not in (0, *_BITS, _FLOAT):
             raise ValueError(
                 f"weight_bits is {weight_bits}; allowed are 0 (by processor), 7, 8, 32"
             )
         for package in ("onnxruntime", "onnx"):
             _engine(package)  # now, not in the middle of a run
-        self.weight_bits = weight_bits or _exact_here()
+        self.weight_bits = weight_bits or exact_here()
         self._templates: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Template]]
         self._templates = WeakKeyDictionary()
 
