@@ -11,25 +11,29 @@ On x86 processors without VNNI the engine's kernels add pairs of products in 16 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import final
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgelearn.compress.quantize import LARGEST_CODE
-from edgelearn.errors import ExtraMissingError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded
+from edgelearn.runtime.onnx_group import (
+    OnnxGroupPredictor,
+    SharedModel,
+    answering,
+    ranges_of_group,
+)
+from edgelearn.runtime.onnx_session import ask, engine, open_session
+from edgelearn.runtime.protocol import GroupPrepared, Rows
 from edgelearn.runtime.qdq import (
-    INPUT,
-    OUTPUT,
     Array,
     Template,
     float_numbers,
@@ -79,8 +83,8 @@ class OnnxPredictor:
 
     def __init__(self, artefact: bytes, shape: tuple[int, ...]) -> None:
         self.artefact = artefact
-        self._session = _session(artefact)
-        self._ask(np.zeros((1, *shape), np.float32))  # the first answer would be a slow one
+        self._session = open_session(artefact)
+        ask(self._session, np.zeros((1, *shape), np.float32), {})  # the first one would be slow
 
     @property
     def model_bytes(self) -> int:
@@ -89,32 +93,12 @@ class OnnxPredictor:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits [B, C]."""
-        return torch.from_numpy(self._ask(x.detach().contiguous().numpy()))
-
-    def _ask(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._session.run([OUTPUT], {INPUT: x})[0]
-        return logits
-
-
-class _Session(Protocol):
-    def run(self, outputs: list[str], inputs: Mapping[str, Array]) -> list[Any]: ...
-
-
-def _session(artefact: bytes) -> _Session:
-    engine = _engine("onnxruntime")
-    engine.disable_telemetry_events()  # on Windows it has some
-    options = engine.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; what it can't do is raised
-    session: _Session = engine.InferenceSession(
-        artefact, options, providers=["CPUExecutionProvider"]
-    )
-    return session
+        return torch.from_numpy(ask(self._session, x.detach().contiguous().numpy(), {}))
 
 
 def with_facts(artefact: bytes, facts: Mapping[str, str]) -> bytes:
     """Return an artefact that says something about itself, in ONNX's metadata."""
-    model = _engine("onnx").load_model_from_string(artefact)
+    model = engine("onnx").load_model_from_string(artefact)
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)
     data: bytes = model.SerializeToString(deterministic=True)
@@ -137,7 +121,22 @@ class _UncalibratedPredictor:
 
 
 @final
-class OnnxPrepared:
+@dataclass(slots=True)
+class _UnseenGroup:
+    """Devices none of which has samples: what they are asked shows the shape of one."""
+
+    prepared: OnnxPrepared
+    model_bytes: int = 0
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Return logits [n, C]."""
+        alone = self.prepared.calibrated(rows.x[:0])
+        self.model_bytes = alone.model_bytes
+        return alone(rows.x)
+
+
+@final
+class OnnxPrepared(GroupPrepared):
     """Folded parameters and their integers; activation ranges come from each device."""
 
     def __init__(
@@ -146,6 +145,7 @@ class OnnxPrepared:
         self._runtime, self._model = runtime, model
         self._params, self._bits = params.detach().clone(), weight_bits
         self._of: tuple[Template, Folded, dict[str, Array]] | None = None
+        self._shared: SharedModel | None = None
 
     def template(self, shape: tuple[int, ...]) -> Template:
         """Return the graph for samples of a shape."""
@@ -157,6 +157,28 @@ class OnnxPrepared:
         if len(calibration) or self._bits == _FLOAT:
             return OnnxPredictor(artefact, tuple(calibration.shape[1:]))
         return _UncalibratedPredictor(self, len(artefact))
+
+    def calibrated_group(
+        self, calibration: Iterable[Rows], *, num_devices: int
+    ) -> OnnxGroupPredictor | _UnseenGroup:
+        """Observe the ranges of several devices in one pass, and open one session for all."""
+        parts = iter(calibration)
+        first = next(parts, None)
+        if first is None:
+            return _UnseenGroup(self)
+        shape = tuple(first.x.shape[1:])
+        template, folded, weights = self._made(shape)
+        if not template.is_quantized:
+            alone = OnnxPredictor(template.artefact(weights), shape)
+            same = (alone,) * num_devices
+            return OnnxGroupPredictor(same, template.num_outputs, alone.model_bytes)
+        shared = self._shared
+        if shared is None or shared.template is not template:
+            shared = self._shared = SharedModel.of(template, folded, weights)
+        ranges = ranges_of_group(template, folded, chain([first], parts), num_devices=num_devices)
+        uncalibrated = _UncalibratedPredictor(self, shared.num_bytes)
+        answers = tuple(uncalibrated if own is None else answering(shared, own) for own in ranges)
+        return OnnxGroupPredictor(answers, template.num_outputs, shared.num_bytes)
 
     def for_one(self, x: Tensor) -> OnnxPredictor:
         """Return the predictor of a single input [1, ...], which has that input's own ranges."""
@@ -221,7 +243,7 @@ class OnnxRuntime:
                 f"weight_bits is {weight_bits}; allowed are 0 (by processor), 7, 8, 32"
             )
         for package in ("onnxruntime", "onnx"):
-            _engine(package)  # now, not in the middle of a run
+            engine(package)  # now, not in the middle of a run
         self.weight_bits = weight_bits or exact_here()
         self._templates: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Template]]
         self._templates = WeakKeyDictionary()
@@ -240,12 +262,3 @@ class OnnxRuntime:
         if shape not in known:
             known[shape] = Template.of(model, shape, is_quantized=self.weight_bits != _FLOAT)
         return known[shape]
-
-
-def _engine(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ModuleNotFoundError as error:
-        raise ExtraMissingError(
-            package=package, extra="onnxruntime", needed_for="the runtime 'onnxruntime'"
-        ) from error
