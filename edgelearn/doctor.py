@@ -29,6 +29,7 @@ EXTRAS = {
     "native": ("edgelearn_native", "compiled training"),
     "ray": ("ray", "the ray tier"),
     "onnxruntime": ("onnxruntime", "the runtime onnxruntime"),
+    "executorch": ("executorch", "files for phones: export --format pte"),
     "report": ("matplotlib", "report.html"),
     "avalanche": ("avalanche", "Avalanche's strategies and benchmarks"),
     "deploy": ("cryptography", "keys and certificates of a real fleet"),

@@ -9,8 +9,9 @@ from typing import Any
 
 from harness import results
 
-from parts import comparison, continual, device, ewc, memory
+from parts import comparison, continual, device, ewc, memory, runtimes
 from parts.comparison import FLOWER
+from parts.runtimes import CNN, MOBILENET
 
 Results = dict[str, dict[str, Any]]
 FUSED, FAITHFUL = "fused", "faithful"
@@ -189,6 +190,16 @@ def _cpu(tiers: tuple[str, ...]) -> Any:
     return _of_any("flute", "cpu_s_per_round", tiers)
 
 
+def _refresh(subject: str) -> Callable[[Results], float | None]:
+    """Return milliseconds until ONNX Runtime serves new weights."""
+
+    def measured(found: Results) -> float | None:
+        result = found.get(runtimes.PART)
+        return None if result is None else runtimes.refresh(result, subject)
+
+    return measured
+
+
 TARGETS = (
     Target("W1, pool, against Flower/Ray", 2, True, _times("w1", "pool"), " x"),
     Target("W1, native, against Flower/Ray", 4.3, True, _times("w1", "native"), " x"),
@@ -220,6 +231,8 @@ TARGETS = (
     Target("one device, EWC adds to naive, consolidation included", 25, False, _added("ewc"), " %"),
     Target("one device, SI adds to naive, consolidation included", 25, False, _added("si"), " %"),
     Target("Fisher of 1,000 samples, small CNN, in epochs", 2, False, _fisher_epochs, " epochs"),
+    Target("new weights in service, small CNN", 10, False, _refresh(CNN), " ms"),
+    Target("new weights in service, MobileNetV2", 150, False, _refresh(MOBILENET), " ms"),
 )
 
 

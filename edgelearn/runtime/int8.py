@@ -37,7 +37,7 @@ from edgelearn.compress.quantize import (
     quantize_weight,
 )
 from edgelearn.params import SHARED, FlatModel
-from edgelearn.runtime.protocol import GroupPrepared, Rows
+from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
 
 Layer = nn.Linear | nn.Conv2d
 # Products |x_q - z| |w_q| <= 255 * 127 whose sums float32 holds exactly, in any order.
@@ -210,7 +210,7 @@ class Int8GroupPredictor:
 
 
 @final
-class Int8Prepared(GroupPrepared):
+class Int8Prepared(GroupPrepared, RangedPrepared):
     """Integer weights; activation ranges come from each device."""
 
     def __init__(
@@ -255,19 +255,31 @@ class Int8Prepared(GroupPrepared):
 
     def calibrated(self, calibration: Tensor) -> Int8Predictor:
         """Observe the range of each layer's input (minimum and maximum) on own inputs."""
-        ranges: dict[str, Tensor] = {}
+        if not len(calibration):
+            return Int8Predictor(self._skeleton, self._tensors, self._model_bytes)
+        return self.within(self.observed(calibration))
+
+    def observed(self, x: Tensor) -> Observed:
+        """Return the range of each layer's input (minimum and maximum) on inputs [n, ...]."""
+        ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
         def observe(prefix: str, x: Tensor) -> None:
             low, high = torch.aminmax(x)
-            if f"{prefix}low" in ranges:  # a layer that is used twice
-                low = torch.minimum(low, ranges[f"{prefix}low"])
-                high = torch.maximum(high, ranges[f"{prefix}high"])
-            ranges[f"{prefix}low"], ranges[f"{prefix}high"] = low, high
+            if prefix in ranges:  # a layer that is used twice
+                low = torch.minimum(low, ranges[prefix][0])
+                high = torch.maximum(high, ranges[prefix][1])
+            ranges[prefix] = low, high
 
-        if len(calibration):
-            with self._observed(observe):
-                self._model(self._params, calibration)
-        return Int8Predictor(self._skeleton, {**self._tensors, **ranges}, self._model_bytes)
+        with self._observed(observe):
+            self._model(self._params, x)
+        return Observed(tuple(x.shape[1:]), ranges)
+
+    def within(self, observed: Observed) -> Int8Predictor:
+        """Return the predictor with these ranges."""
+        tensors = dict(self._tensors)
+        for prefix, (low, high) in observed.ranges.items():
+            tensors[f"{prefix}low"], tensors[f"{prefix}high"] = low, high
+        return Int8Predictor(self._skeleton, tensors, self._model_bytes)
 
     def calibrated_group(
         self, calibration: Iterable[Rows], *, num_devices: int

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgelearn.params import FlatModel
-from edgelearn.runtime.protocol import Predictor, Runtime
+from edgelearn.runtime.protocol import Predictor, RangedPrepared, Runtime
 
 BATCHES = (1, 32)
 
@@ -94,7 +94,7 @@ def measure(
         answers = predict(x).argmax(1)
         agreement = (answers == reference(x).argmax(1)).double().mean()
         accuracy = None if y is None else float((answers == y).double().mean())
-        latencies = tuple(_latency(predict, x, batch, num_warm, num_runs) for batch in batches)
+        latencies = tuple(latency(predict, x, batch, num_warm, num_runs) for batch in batches)
     return Measured(latencies, predict.model_bytes, float(agreement), accuracy)
 
 
@@ -104,6 +104,7 @@ def refresh_ms(
     params: Tensor,
     calibration: Tensor,
     *,
+    keeps_ranges: bool = False,
     num_runs: int = 20,
     num_threads: int = 1,
 ) -> float:
@@ -116,20 +117,31 @@ def refresh_ms(
         model: The network.
         params: Parameters [P]; each run has others near them.
         calibration: Inputs [n, ...] that the ranges come from.
+        keeps_ranges: Whether ranges are observed once, beforehand, where the runtime can keep them
+            (`edgelearn.runtime.protocol.RangedPrepared`), and not for each of the parameters.
         num_runs: Times that count, after one that doesn't.
         num_threads: Of torch.
     """
     taken_ms = []
     with torch.no_grad(), _threads(num_threads):
+        first = runtime.prepare(model, params)
+        observed = None
+        if keeps_ranges and isinstance(first, RangedPrepared):
+            observed = first.observed(calibration)
         for run in range(num_runs + 1):
             new = params * (1 + 1e-3 * run)
             begun = time.perf_counter()
-            runtime.prepare(model, new).calibrated(calibration)
+            prepared = runtime.prepare(model, new)
+            if observed is not None and isinstance(prepared, RangedPrepared):
+                prepared.within(observed)
+            else:
+                prepared.calibrated(calibration)
             taken_ms.append(1000 * (time.perf_counter() - begun))
     return float(np.median(taken_ms[1:]))
 
 
-def _latency(predict: Predictor, x: Tensor, batch: int, num_warm: int, num_runs: int) -> Latency:
+def latency(predict: Predictor, x: Tensor, batch: int, num_warm: int, num_runs: int) -> Latency:
+    """Time calls with rows of x [n, ...], in the threads that torch has."""
     places = len(x) // batch  # another input each time, as in service
     taken_ms = []
     for run in range(-num_warm, num_runs):

@@ -101,7 +101,7 @@ class OnnxGroupPredictor:
     def __call__(self, rows: Rows) -> Tensor:
         """Return logits [n, C]; bit for bit those of each device's own predictor."""
         logits = torch.empty(len(rows.x), self.num_outputs)
-        for device in rows.device.unique().tolist():
+        for device in sorted(set(rows.device.tolist())):
             places = (rows.device == device).nonzero().flatten()
             logits[places] = self.answers[device](rows.x[places])
         return logits

@@ -65,9 +65,8 @@ def open_with_inputs(artefact: bytes, names: Collection[str]) -> tuple[Session, 
         # Constants of equal value have to stay apart: their values will differ.
         _open(artefact, options, disabled_optimizers=["ConstantSharing"])
         model = onnx.load(path)
-    constants, inputs = [], []
-    for constant in model.graph.initializer:
-        (inputs if constant.name in names else constants).append(constant)
+    inputs = [constant for constant in model.graph.initializer if constant.name in names]
+    constants = [constant for constant in model.graph.initializer if constant.name not in names]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)
     model.graph.input.extend(

@@ -32,7 +32,7 @@ from edgelearn.runtime.onnx_group import (
     ranges_of_group,
 )
 from edgelearn.runtime.onnx_session import ask, engine, open_session
-from edgelearn.runtime.protocol import GroupPrepared, Rows
+from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
 from edgelearn.runtime.qdq import (
     Array,
     Template,
@@ -136,7 +136,7 @@ class _UnseenGroup:
 
 
 @final
-class OnnxPrepared(GroupPrepared):
+class OnnxPrepared(GroupPrepared, RangedPrepared):
     """Folded parameters and their integers; activation ranges come from each device."""
 
     def __init__(
@@ -153,10 +153,20 @@ class OnnxPrepared(GroupPrepared):
 
     def calibrated(self, calibration: Tensor) -> OnnxPredictor | _UncalibratedPredictor:
         """Observe ranges (minimum and maximum) on own inputs, and open a session."""
-        artefact = self.artefact(calibration)
         if len(calibration) or self._bits == _FLOAT:
-            return OnnxPredictor(artefact, tuple(calibration.shape[1:]))
-        return _UncalibratedPredictor(self, len(artefact))
+            return OnnxPredictor(self.artefact(calibration), tuple(calibration.shape[1:]))
+        return _UncalibratedPredictor(self, len(self.artefact(calibration)))
+
+    def observed(self, x: Tensor) -> Observed:
+        """Return the range of each point on inputs [n, ...]; of a float network there is none."""
+        shape = tuple(x.shape[1:])
+        template, folded, _ = self._made(shape)
+        with torch.no_grad():
+            return Observed(shape, template.ranges(folded, x) if template.is_quantized else {})
+
+    def within(self, observed: Observed) -> OnnxPredictor:
+        """Open a session with these ranges."""
+        return OnnxPredictor(self._artefact(observed, is_calibrated=True), observed.shape)
 
     def calibrated_group(
         self, calibration: Iterable[Rows], *, num_devices: int
@@ -191,16 +201,20 @@ class OnnxPrepared(GroupPrepared):
             calibration: The inputs; with none, the file has no use.
             is_calibrated: Whether these ranges are to hold for other inputs.
         """
-        template, folded, weights = self._made(tuple(calibration.shape[1:]))
+        shape = tuple(calibration.shape[1:])
+        if len(calibration):
+            return self._artefact(self.observed(calibration), is_calibrated=is_calibrated)
+        nothing = torch.zeros(())
+        ranges = {point.name: (nothing, nothing) for point in self.template(shape).points}
+        return self._artefact(Observed(shape, ranges), is_calibrated=is_calibrated)
+
+    def _artefact(self, observed: Observed, *, is_calibrated: bool) -> bytes:
+        template, folded, weights = self._made(observed.shape)
         if not template.is_quantized:
             return template.artefact(weights)
-        if len(calibration):
-            with torch.no_grad():
-                ranges = template.ranges(folded, calibration)
-        else:
-            nothing = torch.zeros(())
-            ranges = {point.name: (nothing, nothing) for point in template.points}
-        numbers = quantized_numbers(template, folded, weights, ranges, is_calibrated=is_calibrated)
+        numbers = quantized_numbers(
+            template, folded, weights, observed.ranges, is_calibrated=is_calibrated
+        )
         return template.artefact(numbers)
 
     def _made(self, shape: tuple[int, ...]) -> tuple[Template, Folded, dict[str, Array]]:
