@@ -1,6 +1,6 @@
 """Measure what an answer costs by each runtime, and rewrite docs/benchmarks.md.
 
-    python benchmarks/runtimes.py                           some 20 minutes on an idle core
+    python benchmarks/runtimes.py                           about half an hour on an idle core
     python benchmarks/runtimes.py --mobilenet weights.safetensors
     python benchmarks/runtimes.py --only CNN                without MobileNetV2
     python benchmarks/runtimes.py --quick                   proves that it works; means nothing
