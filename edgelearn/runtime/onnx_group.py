@@ -17,8 +17,10 @@ from torch import Tensor
 
 from edgelearn.runtime.network import Folded
 from edgelearn.runtime.onnx_session import Session, ask, open_with_inputs
-from edgelearn.runtime.protocol import Predictor, Rows
+from edgelearn.runtime.protocol import Rows
 from edgelearn.runtime.qdq import Array, Ranges, Template, quantized_numbers
+
+Answer = Callable[[Tensor], Tensor]
 
 # A step of 1 and a zero point of 128: with these, no ReLU or clipping is the quantization itself.
 _ORDINARY = (torch.tensor(-128.0), torch.tensor(127.0))
@@ -35,7 +37,6 @@ class SharedModel:
         weights: Codes and scales of the weights.
         session: The session.
         names: Its inputs beside the samples.
-        num_bytes: Of the file that a device keeps.
     """
 
     template: Template
@@ -43,17 +44,21 @@ class SharedModel:
     weights: Mapping[str, Array]
     session: Session
     names: frozenset[str]
-    num_bytes: int
 
     @classmethod
-    def of(cls, template: Template, folded: Folded, weights: Mapping[str, Array]) -> SharedModel:
-        """Open the session."""
+    def of(
+        cls, template: Template, folded: Folded, weights: Mapping[str, Array]
+    ) -> SharedModel | None:
+        """Open the session; None if the engine computed some of its inputs away beforehand."""
         ordinary = {point.name: _ORDINARY for point in template.points}
         numbers = quantized_numbers(template, folded, weights, ordinary, is_calibrated=True)
         artefact = template.artefact(numbers)
         names = {name for name in numbers if name not in weights and not name.startswith("clip.")}
         session, found = open_with_inputs(artefact, names)
-        return cls(template, folded, weights, session, found, len(artefact))
+        # Of a bias only the codes are left: scale and zero point follow from the others.
+        if any(n not in found for n in names if not n.endswith((".bias.scale", ".bias.zero"))):
+            return None
+        return cls(template, folded, weights, session, found)
 
     def numbers(self, ranges: Ranges) -> dict[str, Array]:
         """Return what the session takes for the ranges of a device."""
@@ -94,7 +99,7 @@ class OnnxGroupPredictor:
         model_bytes: Of the file that a device keeps.
     """
 
-    answers: tuple[Callable[[Tensor], Tensor] | Predictor, ...]
+    answers: tuple[Answer, ...]
     num_outputs: int
     model_bytes: int
 
@@ -107,7 +112,7 @@ class OnnxGroupPredictor:
         return logits
 
 
-def answering(model: SharedModel, ranges: Ranges) -> Callable[[Tensor], Tensor]:
+def answering(model: SharedModel, ranges: Ranges) -> Answer:
     """Return how a device with such ranges answers."""
     numbers = model.numbers(ranges)
     return lambda x: torch.from_numpy(ask(model.session, x.contiguous().numpy(), numbers))

@@ -26,6 +26,7 @@ from edgelearn.compress.quantize import LARGEST_CODE
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded
 from edgelearn.runtime.onnx_group import (
+    Answer,
     OnnxGroupPredictor,
     SharedModel,
     answering,
@@ -35,6 +36,7 @@ from edgelearn.runtime.onnx_session import ask, engine, open_session
 from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
 from edgelearn.runtime.qdq import (
     Array,
+    Ranges,
     Template,
     float_numbers,
     quantized_numbers,
@@ -145,7 +147,7 @@ class OnnxPrepared(GroupPrepared, RangedPrepared):
         self._runtime, self._model = runtime, model
         self._params, self._bits = params.detach().clone(), weight_bits
         self._of: tuple[Template, Folded, dict[str, Array]] | None = None
-        self._shared: SharedModel | None = None
+        self._shared: tuple[Template, SharedModel | None] | None = None
 
     def template(self, shape: tuple[int, ...]) -> Template:
         """Return the graph for samples of a shape."""
@@ -182,13 +184,21 @@ class OnnxPrepared(GroupPrepared, RangedPrepared):
             alone = OnnxPredictor(template.artefact(weights), shape)
             same = (alone,) * num_devices
             return OnnxGroupPredictor(same, template.num_outputs, alone.model_bytes)
-        shared = self._shared
-        if shared is None or shared.template is not template:
-            shared = self._shared = SharedModel.of(template, folded, weights)
-        ranges = ranges_of_group(template, folded, chain([first], parts), num_devices=num_devices)
-        uncalibrated = _UncalibratedPredictor(self, shared.num_bytes)
-        answers = tuple(uncalibrated if own is None else answering(shared, own) for own in ranges)
-        return OnnxGroupPredictor(answers, template.num_outputs, shared.num_bytes)
+        if self._shared is None or self._shared[0] is not template:
+            self._shared = template, SharedModel.of(template, folded, weights)
+        shared, parts = self._shared[1], chain([first], parts)
+        size = len(self.artefact(first.x[:0]))
+
+        def answer_of(ranges: Ranges | None) -> Answer:
+            if ranges is None:
+                return _UncalibratedPredictor(self, size)
+            if shared is None:  # the same bits from a session of its own
+                return self.within(Observed(shape, ranges))
+            return answering(shared, ranges)
+
+        ranges = ranges_of_group(template, folded, parts, num_devices=num_devices)
+        answers = tuple(answer_of(own) for own in ranges)
+        return OnnxGroupPredictor(answers, template.num_outputs, size)
 
     def for_one(self, x: Tensor) -> OnnxPredictor:
         """Return the predictor of a single input [1, ...], which has that input's own ranges."""

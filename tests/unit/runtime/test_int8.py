@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import edgelearn
 from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.errors import ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
 from edgelearn.runtime.int8 import Int8Predictor, Int8Runtime
@@ -146,8 +147,9 @@ def test_weights_of_four_bits_are_two_to_a_byte() -> None:
         for bits in (8, 7, 4)
     ]
     assert sizes == [15 + 12 + 12 + 5, 15 + 12 + 12 + 5, 8 + 12 + 12 + 5]
-    with pytest.raises(ValueError, match="weight_bits is 5; allowed are 8, 7, 4"):
-        Int8Runtime(weight_bits=5)
+    assert make_runtime("int8", {"weight_bits": 4}).weight_bits == 4  # type: ignore[attr-defined]
+    with pytest.raises(ScenarioError, match="weight_bits is 5; allowed are 8, 7, 4"):
+        make_runtime("int8", {"weight_bits": 5})
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -16,7 +16,9 @@ from edgelearn.scenario.models import cnn, mlp
 
 engine = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
+from edgelearn.runtime import onnx_group  # noqa: E402
 from edgelearn.runtime.onnx_group import ranges_of_group  # noqa: E402
+from edgelearn.runtime.onnx_session import Session  # noqa: E402
 from edgelearn.runtime.onnxruntime import OnnxPredictor, OnnxPrepared, OnnxRuntime  # noqa: E402
 
 NUM_CALIBRATION = [7, 0, 30, 1]  # of each device
@@ -114,6 +116,26 @@ def test_a_group_opens_a_session_once(monkeypatch: pytest.MonkeyPatch) -> None:
         group = prepared.calibrated_group([of_devices([3] * 4, (1, 5, 5), 1)], num_devices=4)
         group(of_devices([2] * 4, (1, 5, 5), 2))
     assert len(opened) == 2  # one that optimizes, one that answers
+
+
+@torch.no_grad()
+def test_where_the_engine_computed_an_input_away_each_device_has_its_own_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = prepare(NETWORKS["mlp"][0])
+    calibration = of_devices([3] * 4, (1, 5, 5), 1)
+    rows = of_devices([2] * 4, (1, 5, 5), 2)
+    expected = prepared.calibrated_group([calibration], num_devices=4)(rows)
+    opened = onnx_group.open_with_inputs
+
+    def folding(artefact: bytes, names: set[str]) -> tuple[Session, frozenset[str]]:
+        session, found = opened(artefact, names)
+        return session, found - {min(found)}
+
+    monkeypatch.setattr(onnx_group, "open_with_inputs", folding)
+    group = prepare(NETWORKS["mlp"][0]).calibrated_group([calibration], num_devices=4)
+    assert all(isinstance(answer, OnnxPredictor) for answer in group.answers)  # type: ignore[union-attr]
+    assert torch.equal(group(rows), expected)
 
 
 @torch.no_grad()
