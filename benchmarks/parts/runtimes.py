@@ -26,6 +26,7 @@ PART = "runtimes"
 TITLE = "What an answer costs by each runtime"
 BATCHES = (1, 32)
 FLOAT, EXECUTORCH = "float, torch", "int8, ExecuTorch"
+TORCH, ONNX = "int8, torch", "int8, onnxruntime"
 _FEWEST_FOR_P99 = 100
 
 
@@ -71,8 +72,8 @@ def measure(options: Options, asked: Asked | None = None) -> dict[str, Any]:
     engines = {
         FLOAT: ("float", {}),
         "float, onnxruntime": ("onnxruntime", {"weight_bits": 32}),
-        "int8, torch": ("int8", {"weight_bits": bits}),
-        "int8, onnxruntime": ("onnxruntime", {"weight_bits": bits}),
+        TORCH: ("int8", {"weight_bits": bits}),
+        ONNX: ("onnxruntime", {"weight_bits": bits}),
     }
     known = dict(_subjects(asked))
     benches: dict[str, _Bench] = {}
@@ -167,9 +168,12 @@ class _Bench:
         if one.y is None:
             return {}
         exact = _answers(lambda x: one.model(one.params, x), one.x)
+        int8 = make_runtime("int8", {"weight_bits": exact_here()})
+        integers = _answers(int8.prepare(one.model, one.params).calibrated(one.calibration), one.x)
         answers = _answers(self.predictors[32], one.x)
         return {
             "agreement": float((answers == exact).double().mean()),
+            "int8_agreement": float((answers == integers).double().mean()),
             "accuracy": float((answers == one.y).double().mean()),
         }
 
@@ -245,8 +249,24 @@ def _answers(predict: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def refresh(result: dict[str, Any], subject: str) -> float | None:
     """Return milliseconds until ONNX Runtime serves new weights with known ranges."""
-    name = _name(subject, "int8, onnxruntime")
-    return results.median(results.values(result, name, "refresh_ms"))
+    return results.median(results.values(result, _name(subject, ONNX), "refresh_ms"))
+
+
+def agreement(result: dict[str, Any], subject: str) -> float | None:
+    """Return the share of test inputs that int8 torch and ONNX Runtime answer alike, in percent."""
+    value = results.median(results.values(result, _name(subject, ONNX), "int8_agreement"))
+    return None if value is None else 100 * value
+
+
+def difference(result: dict[str, Any], subject: str) -> float | None:
+    """Return how many percentage points of accuracy lie between the two."""
+    found = [
+        results.median(results.values(result, _name(subject, engine), "accuracy"))
+        for engine in (TORCH, ONNX)
+    ]
+    if found[0] is None or found[1] is None:
+        return None
+    return 100 * abs(found[0] - found[1])
 
 
 def section(result: dict[str, Any]) -> str:
@@ -260,8 +280,8 @@ def section(result: dict[str, Any]) -> str:
         "(8 where its kernels multiply them exactly), 8 in ExecuTorch. *New weights*: from changed "
         "parameters to a model that answers, activation ranges kept; *and ranges*: observed anew "
         f"on {config['num_calibration']} samples. ExecuTorch lowers a file anew, for one size of a "
-        "batch. Agreement: with the float model's answers. torch's int8 is the reference in "
-        "arithmetic, not in speed."
+        "batch. Agreement: the share of test inputs with the answer of the float model, and with "
+        "that of torch's int8, which is the reference in arithmetic, not in speed."
     )
     titles = "b1 p50 | b1 p99 | b32 p50 | b32 p99 | new weights | and ranges | bytes"
     lines = [head]
@@ -270,19 +290,19 @@ def section(result: dict[str, Any]) -> str:
             "",
             f"**{subject}** ({how}; {config['num_test'][subject]:,} test inputs)",
             "",
-            f"| runtime | {titles} | agreement % | accuracy % |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| runtime | {titles} | float's answer % | int8 torch's % | accuracy % |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for engine in config["engines"]:
             name = _name(subject, engine)
             if name in result["skipped"]:
-                lines.append(f"| {engine} | {result['skipped'][name]} |" + " |" * 8)
+                lines.append(f"| {engine} | {result['skipped'][name]} |" + " |" * 9)
                 continue
             fields = [f"b{b}_{p}_ms" for b in BATCHES for p in ("p50", "p99")]
             cells = [_cell(result, name, f) for f in [*fields, "refresh_ms", "recalibrate_ms"]]
             size = results.median(results.values(result, name, "bytes"))
             cells.append("" if size is None else f"{size:,.0f}")
-            for share in ("agreement", "accuracy"):
+            for share in ("agreement", "int8_agreement", "accuracy"):
                 value = results.median(results.values(result, name, share))
                 cells.append("" if value is None else f"{100 * value:.2f}")
             lines.append(f"| {engine} | {' | '.join(cells)} |")

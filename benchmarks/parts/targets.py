@@ -190,12 +190,14 @@ def _cpu(tiers: tuple[str, ...]) -> Any:
     return _of_any("flute", "cpu_s_per_round", tiers)
 
 
-def _refresh(subject: str) -> Callable[[Results], float | None]:
-    """Return milliseconds until ONNX Runtime serves new weights."""
+def _served(
+    figure: Callable[[dict[str, Any], str], float | None], subject: str
+) -> Callable[[Results], float | None]:
+    """Return a figure of a served network."""
 
     def measured(found: Results) -> float | None:
         result = found.get(runtimes.PART)
-        return None if result is None else runtimes.refresh(result, subject)
+        return None if result is None else figure(result, subject)
 
     return measured
 
@@ -231,8 +233,33 @@ TARGETS = (
     Target("one device, EWC adds to naive, consolidation included", 25, False, _added("ewc"), " %"),
     Target("one device, SI adds to naive, consolidation included", 25, False, _added("si"), " %"),
     Target("Fisher of 1,000 samples, small CNN, in epochs", 2, False, _fisher_epochs, " epochs"),
-    Target("new weights in service, small CNN", 10, False, _refresh(CNN), " ms"),
-    Target("new weights in service, MobileNetV2", 150, False, _refresh(MOBILENET), " ms"),
+    *(
+        target
+        for subject, most_ms in ((CNN, 10), (MOBILENET, 150))
+        for target in (
+            Target(
+                f"{subject}, int8: torch and ONNX Runtime agree",
+                99.5,
+                True,
+                _served(runtimes.agreement, subject),
+                " %",
+            ),
+            Target(
+                f"{subject}, int8: accuracy of torch and ONNX Runtime, apart",
+                0.3,
+                False,
+                _served(runtimes.difference, subject),
+                " points",
+            ),
+            Target(
+                f"{subject}: new weights in service, ONNX Runtime",
+                most_ms,
+                False,
+                _served(runtimes.refresh, subject),
+                " ms",
+            ),
+        )
+    ),
 )
 
 
