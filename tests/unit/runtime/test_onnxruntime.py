@@ -315,6 +315,53 @@ def test_trained_on_digits_it_gives_the_answers_of_the_int8_runtime(
     assert int((found != expected).sum()) == 0
 
 
+class Inverted(nn.Module):
+    """A block of MobileNetV2: what goes into its sum is 8-bit codes in one runtime only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+        depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        self.deep = nn.Sequential(depthwise, nn.BatchNorm2d(32), nn.ReLU6())
+        self.narrow = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.deep(self.wide(x)))  # type: ignore[no-any-return]
+
+
+def mobile() -> nn.Module:
+    first = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
+    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    return nn.Sequential(*first, nn.MaxPool2d(2), Inverted(), Inverted(), *last)
+
+
+def test_a_residual_network_trained_on_digits_gives_nearly_all_of_the_int8_runtime_s_answers(
+    world: World,
+) -> None:
+    train, test = (w.batch(torch.arange(len(w.y))) for w in (world.train, world.test))
+    model = made(mobile)
+    model.module.train()
+    optimizer = torch.optim.Adam(model.module.parameters(), lr=0.02)
+    for step in range(150):
+        chosen = torch.randperm(len(train.y), generator=seeded(step))[:96]
+        loss = F.cross_entropy(model.module(train.x[chosen]), train.y[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.module.eval()
+    kept = {k: v for k, v in model.module.state_dict().items() if k in model.layout.names}
+    params = model.layout.flatten(kept)
+    with torch.no_grad():
+        reference = Int8Runtime(weight_bits=7).prepare(model, params).calibrated(train.x[:64])
+        expected = reference(test.x).argmax(1)
+    runtime = OnnxRuntime(weight_bits=7)
+    found = serve(model, params, train.x[:64], runtime)(test.x).argmax(1)
+    accuracies = [float((y == test.y).double().mean()) for y in (found, expected)]
+    assert accuracies[1] > 0.9
+    assert float((found == expected).double().mean()) >= 0.995
+    assert abs(accuracies[0] - accuracies[1]) <= 0.003
+
+
 def test_a_run_is_served_by_it(raw: dict[str, Any]) -> None:
     raw["runtime"] = {"name": "onnxruntime", "args": {"weight_bits": 8}}
     raw["stream"] |= {"num_experiences": 2, "rounds_per_experience": 1}
