@@ -1,6 +1,6 @@
 """ExecuTorch files: a network as phones run it, on ARM and x86, by XNNPACK's kernels.
 
-Lowering takes seconds to a minute, and weights can't be changed in the file afterwards. So it is a
+Lowering takes seconds to minutes, and weights can't be changed in the file afterwards. So it is a
 step of a release, not of a round, and there is no runtime of this name: a fleet that learns is
 served by `onnxruntime`. A file answers batches of one fixed size.
 """

@@ -3,7 +3,7 @@
 Such devices have the same integer weights; what differs are steps, zero points, and the biases at
 their scales. The kernels are those that one device's own session runs on the same integers, so the
 answers have the same bits; but a session is opened once for all devices instead of once for each,
-which is most of what a small network's evaluation costs.
+which is a large part of what a small network's evaluation costs.
 """
 
 from __future__ import annotations
