@@ -9,7 +9,18 @@ from typing import Any
 import demo
 from harness import results
 from harness.paths import PAGE, RESULTS
-from parts import codecs, comparison, continual, device, evaluation, ewc, memory, scaling, targets
+from parts import (
+    codecs,
+    comparison,
+    continual,
+    device,
+    evaluation,
+    ewc,
+    memory,
+    runtimes,
+    scaling,
+    targets,
+)
 
 INTRO = """# Benchmarks
 
@@ -37,6 +48,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("ewc", "What EWC costs", ewc.section),
     ("continual", "Continual learning beside Avalanche", continual.section),
     ("device", "One device beside Avalanche", device.section),
+    (runtimes.PART, runtimes.TITLE, runtimes.section),
     ("scaling", "How it scales", scaling.section),
     ("codecs", "What crosses the wire", codecs.section),
 )
@@ -73,7 +85,8 @@ def render(folder: Path = RESULTS, page: Path = PAGE) -> Path:
     for name, title, section in SECTIONS:
         parts.append(f"## {title}\n")
         if name not in found:
-            command = "demo.py" if name == "demo" else f"engines.py --only {name}"
+            alone = name in ("demo", runtimes.PART)
+            command = f"{name}.py" if alone else f"engines.py --only {name}"
             parts.append(f"Not measured yet: `python benchmarks/{command}`.\n")
             continue
         parts += [section(found[name]) + "\n", footer(found[name]) + "\n"]

@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", _export, "write a run's model as a file for devices")
     export.add_argument("directory", help="directory of a finished run")
-    export.add_argument("--format", choices=("onnx",), default="onnx", help="default: onnx")
-    export.add_argument("--out", metavar="FILE", help="default: model.onnx in the directory")
+    export.add_argument("--format", choices=("onnx", "pte"), default="onnx", help="default: onnx")
+    export.add_argument("--out", metavar="FILE", help="default: model.FORMAT in the directory")
     export.add_argument(
         "--calibrate",
         metavar="N",
@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         choices=(7, 8, 32),
-        default=7,
-        help="7: exact on every processor; 8: on ARM and x86 with VNNI; 32: float (default: 7)",
+        help="onnx: 7 (default) is exact on every processor, 8 on ARM and x86 with VNNI; "
+        "pte: 8 (default); 32: float",
     )
 
     smaller = _command(commands, "compress", _compress, "make a model smaller, stage by stage")
@@ -518,19 +518,18 @@ def _export(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return WRONG_USAGE
-    from edgelearn.deploy.export import export_onnx
+    bits = options.weight_bits or (8 if options.format == "pte" else 7)
+    if (options.format, bits) == ("pte", 7):
+        print("edgelearn export: --format pte has --weight-bits 8 or 32", file=sys.stderr)
+        return WRONG_USAGE
+    from edgelearn.deploy.export import EXPORTS
 
     directory = Path(options.directory)
-    done = export_onnx(
-        directory,
-        Path(options.out) if options.out else directory / f"model.{options.format}",
-        num_calibration=options.num_calibration,
-        weight_bits=options.weight_bits,
-    )
-    how = (
-        f"{options.weight_bits}-bit weights, calibrated on {done.num_calibration} training samples"
-    )
-    what = "float" if options.weight_bits == 32 else how
+    out = Path(options.out) if options.out else directory / f"model.{options.format}"
+    export = EXPORTS[options.format]
+    done = export(directory, out, num_calibration=options.num_calibration, weight_bits=bits)
+    how = f"{bits}-bit weights, calibrated on {done.num_calibration} training samples"
+    what = "float" if bits == 32 else how
     print(f"{done.path}: {done.num_bytes:,} bytes, {what}")
     return DONE
 

@@ -302,9 +302,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-plain = _plain
-
-
 def _portable(value: Any) -> Any:
     """Replace the paths of plug-in files by fingerprints of what is in them."""
     if isinstance(value, dict):
