@@ -37,15 +37,15 @@ IN_FLOAT = "float"
 UPDATES: Mapping[str, Mapping[str, Any]] = {
     IN_FLOAT: {},
     "codes, unscaled": {"is_scaled": False},
-    "codes, QAS, to the nearest": {"rounding": "nearest"},
     "codes, QAS, stochastic": {},
 }
 # Only of all layers.
 MORE: Mapping[str, Mapping[str, Any]] = {
+    "codes, QAS, to the nearest": {"rounding": "nearest"},
     "codes, QAS, stochastic, headroom 1": {"headroom": 1.0},
     "codes, QAS, stochastic, int8 inputs": {},
 }
-SIZES = {"upright": 20_000, "turned": 2_000, "test": 3_000, "steps": 200}
+SIZES = {"upright": 10_000, "turned": 2_000, "test": 3_000, "steps": 200}
 QUICK_SIZES = {"upright": 400, "turned": 100, "test": 100, "steps": 5}
 LR, BATCH_SIZE, EPOCHS = 0.05, 32, 2
 

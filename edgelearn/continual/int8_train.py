@@ -32,7 +32,7 @@ class Int8Train(ClientStrategy):
     In a round a device holds a weight as w = s c, with an int8 code c and a scale s of its output
     channel that stays as it is; biases and norms are float32. By the chain rule the gradient of a
     code is s dL/dw, while the code is w / s: beside what it is to change it is s^2 too small, and
-    no step ever reaches the next code. QAS multiplies it by s^-2 (Lin et al., section 2.1):
+    hardly a step reaches the next code. QAS multiplies it by s^-2 (Lin et al., section 2.1):
 
         c <- clip(R(c - lr s^-2 dL/dc), -127, 127),   s^-2 dL/dc = s^-1 dL/dw,
 
