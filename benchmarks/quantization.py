@@ -3,7 +3,7 @@
 Two parts: a fleet that learns split Fashion-MNIST, served with 8 and with 4 bits; and one device
 that adapts to turned images without float weights. Accuracy only, so the machine may be busy.
 Stores benchmarks/results/quantization.json and int8-training.json and rewrites docs/benchmarks.md.
-About five minutes of one core; needs Fashion-MNIST: python benchmarks/quantization.py --seeds 3.
+Some minutes of one core; needs Fashion-MNIST: python benchmarks/quantization.py --seeds 3.
 """
 
 from __future__ import annotations
