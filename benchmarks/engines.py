@@ -18,7 +18,7 @@ from typing import Any
 import render
 from harness.paths import PAGE, QUICK_RESULTS
 from harness.results import Options, say
-from parts import comparison, continual, device, evaluation, ewc, memory, scaling
+from parts import codecs, comparison, continual, device, evaluation, ewc, memory, scaling
 
 PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     **{w: partial(comparison.measure, w) for w in comparison.WORKLOADS_OF_PART},
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "continual": continual.measure,
     "device": device.measure,
     "scaling": scaling.measure,
+    "codecs": codecs.measure,
 }
 
 

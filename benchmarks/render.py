@@ -10,6 +10,7 @@ import demo
 from harness import results
 from harness.paths import PAGE, RESULTS
 from parts import (
+    codecs,
     comparison,
     continual,
     device,
@@ -51,6 +52,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("scaling", "How it scales", scaling.section),
     ("quantization", "Quantization-aware training", quantization.section),
     ("int8-training", "Training without float weights", int8_training.section),
+    ("codecs", "What crosses the wire", codecs.section),
 )
 # Parts with a script of their own.
 SCRIPTS = {"demo": "demo.py", "quantization": "quantization.py", "int8-training": "quantization.py"}

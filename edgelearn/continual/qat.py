@@ -40,10 +40,10 @@ class QAT(ClientStrategy):
     4-bit one: it shows the accuracy of 4-bit weights, not their size.
 
     Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 3. We differ: weights
-    are quantized symmetrically per output channel, as the runtime does it; the range of activations
-    is that of the batch, not a moving average, which would be memory of its own on each device, and
-    is quantized from the first step on; batch norm is not folded, as the runtime does not fold it;
+    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877. We differ: weights are
+    quantized symmetrically per output channel, as the runtime does it; the range of activations is
+    that of the batch, not a moving average, which would be memory of its own on each device, and is
+    quantized from the first step on; batch norm is not folded, as the runtime does not fold it;
     biases stay float (the runtime has 32 bits for them).
 
     It trains device by device, in no stack of devices: two engines whose sums differ in the last

@@ -48,15 +48,20 @@ class RecordLayout:
     size: int
 
     @classmethod
-    def of(cls, declaration: Declaration) -> RecordLayout:
-        """Lay out what a declaration says is kept, each tensor aligned to a cache line."""
+    def of(cls, declaration: Declaration, *, record_bytes: int = 0) -> RecordLayout:
+        """Lay out what a declaration says is kept, each tensor aligned to a cache line.
+
+        Args:
+            declaration: What a device remembers.
+            record_bytes: Least size of a record, where others in the same file have larger ones.
+        """
         stored = kept(declaration)
         offset, offsets = 0, []
         for spec in stored.values():
             offsets.append(offset)
             offset += math.ceil(spec.stored_bytes / _ALIGN) * _ALIGN
         rest = {name: spec for name, spec in declaration.items() if name not in stored}
-        return cls(stored, rest, tuple(offsets), max(offset, _ALIGN))
+        return cls(stored, rest, tuple(offsets), max(offset, record_bytes, _ALIGN))
 
 
 class RecordFile:
@@ -180,13 +185,23 @@ class FleetStore:
         declaration: Declaration,
         num_devices: int,
         tables: Tables | None = None,
+        *,
+        record_bytes: int = 0,
     ) -> None:
         """Open the store, or create it where there are no tables of an earlier checkpoint.
+
+        Args:
+            path: The file.
+            declaration: What a device remembers.
+            num_devices: Devices in the fleet.
+            tables: Of the checkpoint.
+            record_bytes: Least size of a record, where some devices need more.
 
         Raises:
             StateError: If the file is missing, truncated or damaged; the device is named.
         """
-        self.path, self.layout = path, RecordLayout.of(declaration)
+        self.path = path
+        self.layout = RecordLayout.of(declaration, record_bytes=record_bytes)
         self._touched: set[int] = set()
         if tables is None:
             RecordFile.create(path, self.layout, num_devices)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgelearn.compress.codec import Codec, decoded, encoded, make_codec
+from edgelearn.compress.submodel import narrowed
 from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import (
     Declaration,
@@ -30,6 +31,7 @@ from edgelearn.scenario.spec import ClientSpec
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split, torch_generator
+from edgelearn.stack import NotAStackError
 
 # Names in the memory of a device that finds boundaries by itself: the detector's state, and the
 # parameters that it had when it last took part, after training.
@@ -454,14 +456,42 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
     return split(derive(seed, "steps", server_round), device)
 
 
-def make_learner(world: World) -> Learner:
-    """Build the learner of a scenario: network, client strategy and what they may know."""
+def make_learner(world: World, *, width: float = 1.0) -> Learner:
+    """Build the learner of a scenario: network, client strategy and what they may know.
+
+    Args:
+        world: The scenario's world.
+        width: Part of each hidden layer that the devices hold for which it is.
+
+    Raises:
+        ScenarioError: If the parts do not fit together.
+    """
+    model = world.model() if width == 1 else _narrowed(world, width)
+    learner = _learner(world, model)
+    if width != 1 and learner.model.layout.num_shared_tensors:
+        message = (
+            f"{world.scenario.client.strategy!r} shares tensors beside the network, which devices "
+            "with sub-models have no common ones of; allowed: a strategy that shares none"
+        )
+        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)])
+    return learner
+
+
+def _narrowed(world: World, width: float) -> FlatModel:
+    try:
+        return narrowed(world.model(), width, world.sample_shape)
+    except NotAStackError as error:
+        message = f"only plain stacks of layers have sub-models: {error}"
+        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)]) from error
+
+
+def _learner(world: World, model: FlatModel) -> Learner:
     spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
     detector = None
     if stream.boundaries == "detected":
         detector = make_detector(stream.detector, stream.detector_args)
     return Learner(
-        model=world.model(),
+        model=model,
         strategy=make_strategy(spec.strategy, spec.args),
         spec=spec,
         facts=Facts(

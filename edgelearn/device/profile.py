@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from edgelearn.errors import Fault, ScenarioError, nearest
-from edgelearn.seeds import numpy_generator
+from edgelearn.scenario.kinds import deal, names_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +47,6 @@ class Profile:
     def energy_j(self, *, train_s: float, num_bytes: int) -> float:
         """Return modelled energy."""
         return self.power_w * train_s + self.radio_j_per_mb * num_bytes / 1e6
-
-
-DEFAULT = "phone-mid"
 
 
 def folder() -> Path:
@@ -106,10 +101,6 @@ def load_profile(reference: str) -> Profile:
 
 def assign(shares: Mapping[str, float], num_devices: int, seed: int) -> tuple[Profile, ...]:
     """Give each device a profile, in proportion to the shares."""
-    names: Sequence[str] = sorted(shares) or [DEFAULT]
-    profiles = [load_profile(name) for name in names]
-    weights = np.array([shares[name] for name in names] if shares else [1.0])
-    cuts = np.round(np.cumsum(weights / weights.sum()) * num_devices).astype(int)
-    kinds = np.searchsorted(cuts, np.arange(num_devices), side="right")
-    kinds = numpy_generator(seed, "profiles").permutation(np.minimum(kinds, len(names) - 1))
-    return tuple(profiles[int(kind)] for kind in kinds)
+    profiles = [load_profile(name) for name in names_of(shares)]
+    places = deal(shares, num_devices, seed)
+    return tuple(profiles[place] for place in places.tolist())

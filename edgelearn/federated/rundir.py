@@ -17,15 +17,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 import edgelearn
-from edgelearn.device.learner import Learner
+from edgelearn.device.learners import FleetLearners
 from edgelearn.errors import StateError
 from edgelearn.federated.loop import RoundLoop
 from edgelearn.federated.record import Line, RunRecord
 from edgelearn.files import exclusive, read_checked, write_atomic
 from edgelearn.params import Layout
-from edgelearn.runtime.protocol import make_runtime
+from edgelearn.scenario.kinds import Kind
 from edgelearn.scenario.load import load, to_toml
-from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.spec import Scenario, plain
 from edgelearn.scenario.world import World
 
 _SCENARIO, _MODEL = "scenario.toml", "model.safetensors"
@@ -98,12 +98,13 @@ def read_model(directory: Path, layout: Layout) -> Tensor:
         raise StateError(f"{path}: damaged or of another network: {error}") from error
 
 
-def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping[str, Any]) -> Line:
+def run_line(
+    scenario: Scenario, world: World, learners: FleetLearners, engine: Mapping[str, Any]
+) -> Line:
     """Return the first line of a record."""
-    stream, layout = world.stream, learner.model.layout
-    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
-    learner.model.module.eval()
-    prepared = runtime.prepare(learner.model, learner.model.initial())
+    stream, learner, kinds = world.stream, learners.whole, world.kinds
+    one = kinds.kinds[0].runtime_args if len(kinds.kinds) == 1 else scenario.runtime.args
+    whole = Kind("", 1.0, one)
     orders = None if world.orders is None else world.orders.tolist()
     return {
         "kind": "run",
@@ -120,16 +121,38 @@ def run_line(scenario: Scenario, world: World, learner: Learner, engine: Mapping
         "orders": orders,
         "first_met": world.first_met.tolist() if world.is_uneven else None,
         "changes": world.changes() if learner.detector is not None else None,
-        "num_parameters": layout.num_network,
-        "model_bytes": {
-            "float": 4 * layout.num_network,
-            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
-        },
-        "memory_bytes_per_device": learner.memory_bytes,
+        **_size(world, learners, whole),
+        "memory_bytes_per_device": learners.of_width(kinds.widths[0]).memory_bytes,
+        "kinds": [
+            {
+                "name": kind.name,
+                "width": kind.width,
+                "runtime_args": plain(kind.runtime_args),
+                **_size(world, learners, kind),
+            }
+            for kind in kinds.kinds
+        ],
+        "kind_of": None if kinds.places is None else kinds.places.tolist(),
         "client": scenario.client.strategy,
         "server": scenario.server.strategy,
         "runtime": scenario.runtime.name,
         "engine": dict(engine),
+    }
+
+
+def _size(world: World, learners: FleetLearners, kind: Kind) -> Line:
+    """Return what a kind's model and learning with it take."""
+    learner = learners.of_width(kind.width)
+    model = learner.model
+    model.module.eval()
+    prepared = learners.runtime(kind).prepare(model, model.initial())
+    return {
+        "num_parameters": model.layout.num_network,
+        "model_bytes": {
+            "float": 4 * model.layout.num_network,
+            "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
+        },
+        "memory_bytes_per_device": learner.memory_bytes,
     }
 
 

@@ -53,6 +53,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         tries_hooks: Whether to find out, by calling them here, if hooks and network that no
             written-out pass knows can be stacked; else they can't.
     """
+    if (reason := together.holds_parts(world)) is not None:
+        return reason
     layout = learner.model.layout
     if rows_in_cache(layout.size) < _FEWEST:
         return f"fewer than {_FEWEST} networks of {layout.size:,} parameters fit into the cache"

@@ -38,6 +38,8 @@ def why_not(world: World, learner: Learner) -> str | None:
     """Return what keeps a scenario from the native tier; None if nothing does."""
     if not is_installed():
         return MISSING
+    if (reason := together.holds_parts(world)) is not None:
+        return reason
     if (reason := together.not_declared(learner)) is not None:
         return reason
     pull = learner.strategy.pull()

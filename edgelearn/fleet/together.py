@@ -62,6 +62,13 @@ def not_declared(learner: Learner) -> str | None:
     return None
 
 
+def holds_parts(world: World) -> str | None:
+    """Return why devices can't be trained as a stack of equal ones; None if they can."""
+    if world.kinds.widths == (1.0,):
+        return None
+    return "devices hold sub-models of different widths (fleet.width)"
+
+
 def feeds_back(learner: Learner) -> str | None:
     """Return why a codec needs devices one by one; None if it doesn't."""
     if learner.codec is None or not learner.codec.keeps_residual:

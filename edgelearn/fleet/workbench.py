@@ -1,10 +1,11 @@
-"""The bench at which simulated devices do their work, one after another, in any process."""
+"""The benches at which simulated devices do their work, one after another, in any process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch import Tensor
 from edgelearn.compress.codec import decoded
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
-from edgelearn.device.learner import DeviceState, make_learner
+from edgelearn.device.learner import DeviceState
+from edgelearn.device.learners import FleetLearners
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
-from edgelearn.runtime.protocol import Prepared, make_runtime
+from edgelearn.runtime.protocol import Prepared
+from edgelearn.scenario.kinds import Kind
 from edgelearn.scenario.samples import Samples, SampleStore
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
@@ -43,17 +46,54 @@ class SimulatedData:
         return self.world.train_samples(self.device, position, server_round=server_round)
 
 
-class Workbench:
-    """Does jobs; a process has one, and several give the same bits as one."""
+@final
+class Workshop:
+    """Does jobs; a process has one, and several give the same bits as one.
+
+    It has a bench for each kind of device. The parameters of a job are those that its device holds,
+    and so is its update.
+    """
 
     def __init__(self, world: World, store_path: Path) -> None:
+        self._world, self._store_path = world, store_path
+        self._learners = FleetLearners(world)
+        self._benches = [
+            Workbench(world, store_path, self._learners, kind) for kind in world.kinds.kinds
+        ]
+
+    def num_params(self, device: int) -> int:
+        """Return how many parameters a device holds, with what is shared beside the network."""
+        return self._learners.of_device(device).model.layout.size
+
+    def perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
+        """Do one job; `update` [p] takes what the server gets.
+
+        Whatever goes wrong is this device's failure, not the run's.
+        """
+        return self._bench(job).perform(job, params, update)
+
+    def evaluate(self, jobs: Sequence[Job], params: Tensor) -> list[Done]:
+        """Do the evaluations of a group, whose devices hold the same part, in one pass."""
+        done: dict[int, Done] = {}
+        for bench in dict.fromkeys(map(self._bench, jobs)):
+            theirs = [job for job in jobs if self._bench(job) is bench]
+            done |= {result.row: result for result in bench.evaluate(theirs, params)}
+        return [done[job.row] for job in jobs]
+
+    def _bench(self, job: Job) -> Workbench:
+        return self._benches[self._world.kinds.place(job.device)]
+
+
+class Workbench:
+    """Does the jobs of devices of one kind."""
+
+    def __init__(self, world: World, store_path: Path, learners: FleetLearners, kind: Kind) -> None:
         self._world = world
-        self._learner = make_learner(world)
-        runtime = world.scenario.runtime
-        self._runtime = make_runtime(runtime.name, runtime.args)
+        self._learner = learners.of_width(kind.width)
+        self._runtime = learners.runtime(kind)
         self._file = RecordFile(
             store_path,
-            RecordLayout.of(self._learner.declaration),
+            RecordLayout.of(self._learner.declaration, record_bytes=learners.record_bytes),
             world.scenario.fleet.num_devices,
         )
         self._prepared: tuple[int, Prepared] | None = None

@@ -2,7 +2,8 @@ r"""int8 reference runtime: integer arithmetic, exactly as an integer kernel wou
 
 Linear and convolution layers are quantized; what is between them stays float.
 
-- weights: symmetric per output channel, w_q = clip(round(w / s_w), -127, 127), s_w = max|w| / 127;
+- weights: symmetric per output channel, w_q = clip(round(w / s_w), -q, q), s_w = max|w| / q, with
+  q = 2^(b - 1) - 1 for b bits: 127 for 8;
 - activations: affine per tensor, x_q = clip(round(x / s_x) + z, 0, 255), range from calibration;
 - bias: 32 bits at scale s_x s_w;
 - result: y = s_x s_w (sum (x_q - z) w_q + b_q), the sum exact.
@@ -207,6 +208,7 @@ class Int8Prepared(GroupPrepared):
         params: Tensor,
         skeleton: nn.Module,
         layers: Mapping[str, Layer],
+        weight_bits: int = 8,
     ) -> None:
         self._model, self._params = model, params.detach().clone()
         self._skeleton, self._layers = skeleton, layers
@@ -218,7 +220,7 @@ class Int8Prepared(GroupPrepared):
         for name, layer in layers.items():
             prefix = _prefix(name)
             weight_name, bias_name = stored[f"{prefix}weight"], stored.get(f"{prefix}bias")
-            codes, scale = quantize_weight(views[weight_name])
+            codes, scale = quantize_weight(views[weight_name], largest=2 ** (weight_bits - 1) - 1)
             bias = None if bias_name is None else views[bias_name]
             tensors[f"{prefix}codes"] = codes.to(_accumulator(layer))  # converted once
             tensors[f"{prefix}scale"] = scale
@@ -227,8 +229,9 @@ class Int8Prepared(GroupPrepared):
             # tensor for tied: so everything is always bound, and each layer has tensors of its own.
             for leaf, value in _unknown_range().items():
                 tensors[f"{prefix}{leaf}"] = value
-            # codes, scales, 32-bit biases, and scale and zero point of the activations
-            num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
+            # packed codes, scales, 32-bit biases, and scale and zero point of the activations
+            num_bytes += -(-codes.numel() * weight_bits // 8) + 4 * len(scale) + 5
+            num_bytes += 0 if bias is None else 4 * len(bias)
         # What a layer that stays float shares with a quantized one is kept for it.
         in_float = {stored[name] for name in stored if name not in _quantized_names(model.module)}
         kept = {n: view for n, view in views.items() if n in in_float or n not in stored.values()}
@@ -301,9 +304,20 @@ def _prefix(name: str) -> str:
 
 @final
 class Int8Runtime:
-    """Serve int8 weights and activations; see the module for the arithmetic."""
+    """Serve int8 weights and activations; see the module for the arithmetic.
 
-    def __init__(self) -> None:
+    Args:
+        weight_bits: Of a weight's code, 2 to 8. Fewer make a model smaller (codes count as packed
+            without gaps) and coarser. Activations have 8 bits in any case.
+
+    Raises:
+        ValueError: If `weight_bits` is anything else.
+    """
+
+    def __init__(self, *, weight_bits: int = 8) -> None:
+        if type(weight_bits) is not int or not 2 <= weight_bits <= 8:
+            raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 2 to 8")
+        self._weight_bits = weight_bits
         self._skeletons: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def prepare(self, model: FlatModel, params: Tensor) -> Int8Prepared:
@@ -317,7 +331,7 @@ class Int8Runtime:
         if skeleton is None:
             skeleton = _skeleton(model.module)
             self._skeletons[model.module] = skeleton
-        return Int8Prepared(model, params, skeleton, layers)
+        return Int8Prepared(model, params, skeleton, layers, self._weight_bits)
 
 
 def _is_quantized(module: nn.Module) -> bool:

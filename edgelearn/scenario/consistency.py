@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from edgelearn.errors import Fault
+from edgelearn.errors import Fault, nearest
+from edgelearn.scenario.kinds import DEFAULT_KIND
 from edgelearn.scenario.spec import EvaluateSpec, FleetSpec, LabelSpec, StreamSpec
 
 _OF_DOMAINS = {"num_domains": 0, "drift": "sudden"}
@@ -26,6 +27,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
         yield from _order_faults(stream)
+        yield from _given_faults(stream)
         yield from _boundary_faults(stream)
         T = stream["num_experiences"]
         delay = _complete(LabelSpec, values.get("labels", {}))["delay"]
@@ -59,6 +61,7 @@ def _fleet_faults(
     for name, share in (fleet["profiles"] or {}).items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not share > 0:
             yield Fault("fleet.profiles", name, f"got {share!r}; expected a share above 0")
+    yield from _kind_faults(fleet, fleet["profiles"] or (DEFAULT_KIND,))
     T, late, leaving = num_experiences, fleet["late_share"], fleet["leaving_share"]
     if T is None or late is None or leaving is None:
         return
@@ -68,6 +71,22 @@ def _fleet_faults(
     if late + leaving > 1 and T == 2:
         message = f"with late_share, more than all; of 2 positions a device has no third: {late:g}"
         yield Fault("fleet", "leaving_share", f"got {leaving:g}; {message}")
+
+
+def _kind_faults(fleet: Mapping[str, Any], kinds: Iterable[str]) -> Iterator[Fault]:
+    for key in ("width", "runtime_args"):
+        for name in fleet[key] or {}:
+            if name not in kinds:
+                close = nearest(name, kinds)
+                message = f"no profile of the fleet{close}; allowed: {', '.join(kinds)}"
+                yield Fault(f"fleet.{key}", name, message)
+    for name, arguments in (fleet["runtime_args"] or {}).items():
+        if not isinstance(arguments, Mapping):
+            yield Fault("fleet.runtime_args", name, f"expected a table, got {arguments!r}")
+    for name, part in (fleet["width"] or {}).items():
+        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
+            message = f"got {part!r}; a number above 0 and at most 1 is expected"
+            yield Fault("fleet.width", name, message)
 
 
 def _domain_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
@@ -120,6 +139,12 @@ def _boundary_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
     elif stream["cumulative"]:
         message = "got true; samples that come again hide a change (boundaries are detected)"
         yield Fault("stream", "cumulative", message)
+
+
+def _given_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
+    if stream["kind"] == "given" and stream["shuffle_classes"]:
+        message = "got true; the data set says which experience each of its samples is of"
+        yield Fault("stream", "shuffle_classes", message)
 
 
 def _order_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:

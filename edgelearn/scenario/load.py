@@ -159,11 +159,21 @@ def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: 
         if rule.above is not None and value <= rule.above:
             return fault(f"got {value}; must be above {rule.above:.15g} ({rule.help})")
     if rule.plugins is not None:
+        if rule.plugins == plugins.CODECS:
+            return _check_codec(value, fault)
         if rule.plugins != plugins.CLIENT_STRATEGIES:
             return _check_reference(value, rule.plugins, fault)
         parts = [_check_reference(v, rule.plugins, fault) for v in plugins.joined(value)]
         return None if None in parts else "+".join(parts)
     return value
+
+
+def _check_codec(value: str, fault: Any) -> Any:
+    name = value.removesuffix(plugins.ENTROPY)
+    if name == plugins.NO_CODEC and name != value:
+        return fault(f"got {value!r}; there is nothing to compress: name a codec (int4+lzma)")
+    found = _check_reference(name, plugins.CODECS, fault)
+    return None if found is None else found + value[len(name) :]
 
 
 def _check_reference(value: str, group: str, fault: Any) -> Any:

@@ -19,7 +19,13 @@ from typing import Any
 from edgelearn.plugins import AVALANCHE, CODECS, NO_CODEC
 
 PARTITIONS = ("iid", "dirichlet", "shards", "user")
-STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-instances")
+STREAMS = (
+    "class-incremental",
+    "task-incremental",
+    "domain-incremental",
+    "new-instances",
+    "given",
+)
 ORDERS = ("shared", "per-device", "staggered")
 TRANSFORMS = ("permute", "rotate", "relabel")
 DRIFTS = ("sudden", "gradual", "recurring")
@@ -100,6 +106,8 @@ class FleetSpec:
     num_devices: int = _rule("devices in the fleet", minimum=1, maximum=10_000_000)
     cohort: int = _rule("devices chosen for a round", minimum=1)
     profiles: Mapping[str, float] = _table("device profile -> its share of the fleet")
+    width: Mapping[str, float] = _table("device profile -> part of each hidden layer that it holds")
+    runtime_args: Mapping[str, Any] = _table("device profile -> arguments of its runtime, a table")
     deadline_s: float = _rule(
         "virtual seconds after which a reply is late; 0 is none", 0.0, minimum=0.0
     )
@@ -204,7 +212,9 @@ class ServerSpec:
 class WireSpec:
     """`[wire]`: how updates travel to the server."""
 
-    codec: str = _rule("name, module:Class or file.py:Class", NO_CODEC, plugins=CODECS)
+    codec: str = _rule(
+        "name, module:Class or file.py:Class, or with +lzma behind it", NO_CODEC, plugins=CODECS
+    )
     args: Mapping[str, Any] = _table("arguments of the codec")
 
 
@@ -251,8 +261,8 @@ class Scenario:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, complete with defaults, that `load` accepts."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        tables: dict[str, Any] = plain(self)
+        return tables
 
     @property
     def digest(self) -> str:
@@ -268,13 +278,14 @@ class Scenario:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value of a scenario as what JSON and TOML know."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 

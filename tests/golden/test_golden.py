@@ -178,6 +178,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "client": {"strategy": "replay+int8-train", "args": {"replay": {"capacity": 20}}},
         "stream": {"num_experiences": 3, "rounds_per_experience": 2},
     },
+    "widths-replay": {
+        "fleet": {
+            "profiles": {"phone-mid": 1.0, "sensor-hub": 1.0},
+            "width": {"sensor-hub": 0.5},
+        },
+        "server": {"strategy": "HeteroFL"},
+        "client": {"args": {"capacity": 20}},
+    },
 }
 
 

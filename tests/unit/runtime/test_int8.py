@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import edgelearn
-from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.compress.quantize import activation_scale, fake_quantize_weight, quantize_weight
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
 from edgelearn.runtime.int8 import Int8Predictor, Int8Runtime
@@ -423,3 +423,24 @@ def test_runtimes_are_found_by_name() -> None:
     assert isinstance(make_runtime("float", {}), FloatRuntime)
     with pytest.raises(edgelearn.EdgelearnError, match="Int8Runtime does not take it"):
         make_runtime("int8", {"bits": 4})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_fewer_bits_are_a_coarser_grid_and_fewer_bytes(bits: int) -> None:
+    model = FlatModel(nn.Linear(6, 5))
+    params, x = model.initial(), randn(9, 6)
+    predictor = Int8Runtime(weight_bits=bits).prepare(model, params).calibrated(x)
+    weight, bias = params[:30].view(5, 6), params[30:]
+    rounded = torch.cat([fake_quantize_weight(weight, bits=bits).flatten(), bias])
+    low, high = float(x.min()), float(x.max())
+    step = (max(high, 0) - min(low, 0)) / 255
+    difference = (predictor(x) - model(rounded, x)).abs().amax()
+    assert difference <= 6 * float(weight.abs().amax()) * step  # the activations' rounding alone
+    packed = {2: 8, 4: 15, 5: 19, 8: 30}[bits]  # 30 codes
+    assert predictor.model_bytes == packed + 4 * 5 + 4 * 5 + 5
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True, "4"])
+def test_bits_that_are_none(bits: object) -> None:
+    with pytest.raises(ValueError, match=r"weight_bits is .*; allowed: 2 to 8"):
+        Int8Runtime(weight_bits=bits)  # type: ignore[arg-type]
