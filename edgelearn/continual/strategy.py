@@ -156,8 +156,8 @@ class ClientStrategy:
     Attributes:
         replaces_loss: Whether `loss` stands in place of cross-entropy, so that it can't be combined
             with another that does; one that adds to `super().loss(...)` leaves it False.
-        needs_plain_sgd: Whether it reads the mean gradient off where a device has come to, so that
-            momentum and Adam are refused.
+        needs_plain_sgd: Whether momentum and Adam are refused: it reads the mean gradient off where
+            a device has come to, or has no room for an optimizer's state.
     """
 
     replaces_loss: ClassVar[bool] = False
@@ -272,7 +272,8 @@ class ClientStrategy:
     def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
         """Take the implicit step of a penalty after the optimizer's step: [T] -> [T].
 
-        By default that of an implicit `pull`.
+        By default that of an implicit `pull`. A strategy with a `view` or `gradient` of its own
+        may draw here from torch's global generator, as dropout does: the device seeds it.
         """
         pull = self.pull()
         if pull is None or pull.is_explicit:

@@ -117,9 +117,9 @@ class Learner:
     def __post_init__(self) -> None:
         if self.strategy.needs_plain_sgd and not self.spec.is_plain_sgd:
             message = (
-                f"{type(self.strategy).__name__} reads a device's mean gradient off its way, so it "
-                f"needs sgd with momentum 0; got {self.spec.optimizer} with momentum "
-                f"{self.spec.momentum:g}"
+                f"{type(self.strategy).__name__} reads a device's mean gradient off its way, or "
+                "has no room for an optimizer's state, so it needs sgd with momentum 0; got "
+                f"{self.spec.optimizer} with momentum {self.spec.momentum:g}"
             )
             raise ScenarioError("client", [Fault("client", "optimizer", message)])
         if self.spec.steps and self.strategy.overrides("fit"):

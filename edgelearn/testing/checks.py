@@ -166,13 +166,16 @@ def pure(subject: Subject) -> str:
 
 def seeded(subject: Subject) -> str:
     """Randomness comes from the given generator alone."""
+    drawing = ["loss", "gradient", "fit"]
+    if any(_overrides(subject, hook) for hook in ("view", "gradient")):
+        drawing.append("proximal")  # then devices are trained one by one, each step seeded
     for made in _own_calls(subject):
         with global_seed(1):
             before = global_states()
             one = call(subject.strategy, made.hook, _copies(made))
             after = global_states()
         drawn = [name for name in before if not same(before[name], after[name])]
-        if made.hook in ("loss", "gradient", "fit") and drawn == ["torch"]:
+        if made.hook in drawing and drawn == ["torch"]:
             continue  # the learner seeds torch's generator for the steps, as dropout needs it
         takes = any(name == "generator" for name in made.inputs)
         advice = (

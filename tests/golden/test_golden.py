@@ -174,6 +174,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "wire-int4": {"wire": {"codec": "int4"}},
     "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
+    "int8-train": {
+        "client": {"strategy": "replay+int8-train", "args": {"replay": {"capacity": 20}}},
+        "stream": {"num_experiences": 3, "rounds_per_experience": 2},
+    },
     "widths-replay": {
         "fleet": {
             "profiles": {"phone-mid": 1.0, "sensor-hub": 1.0},
