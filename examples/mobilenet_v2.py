@@ -16,9 +16,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import edgelearn
 from edgelearn.compressing.command import compress_subject
 from edgelearn.compressing.subject import find
+
+import edgelearn
 from edgelearn.scenario.load import from_dict
 
 PIPELINE = (

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edgelearn.compressing.subject import find
 from harness import results
 from harness.paths import ROOT
 from harness.results import Options
 
 from edgelearn.compressing.run import compress
-from edgelearn.compressing.subject import find
 from edgelearn.fleet.reference import one_thread
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
@@ -37,15 +37,19 @@ PIPELINES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "small CNN, channels": (
         "cnn",
         SMALL_CNN,
-        f"train({{epochs}}, {_TRAIN}) | prune_channels(0.5, epochs=0)"
-        f" | distill(epochs=4, {_TRAIN}) | {_SERVE}",
+        (
+            f"train({{epochs}}, {_TRAIN}) | prune_channels(0.5, epochs=0)"
+            f" | distill(epochs=4, {_TRAIN}) | {_SERVE}"
+        ),
     ),
     "MobileNetV2, int8": ("mobilenet_v2", {}, f"train({{epochs}}, {_TRAIN}) | {_SERVE}"),
     "MobileNetV2, channels": (
         "mobilenet_v2",
         {},
-        f"train({{epochs}}, {_TRAIN}) | prune_channels(0.5, epochs=0)"
-        f" | distill(epochs={{epochs}}, {_TRAIN}) | {_SERVE}",
+        (
+            f"train({{epochs}}, {_TRAIN}) | prune_channels(0.5, epochs=0)"
+            f" | distill(epochs={{epochs}}, {_TRAIN}) | {_SERVE}"
+        ),
     ),
 }
 _EPOCHS = {"cnn": 5, "mobilenet_v2": 4}
