@@ -112,6 +112,22 @@ def _parser() -> argparse.ArgumentParser:
         help="7: exact on every processor; 8: on ARM and x86 with VNNI; 32: float (default: 7)",
     )
 
+    smaller = _command(commands, "compress", _compress, "make a model smaller, stage by stage")
+    smaller.add_argument(
+        "target", help="model, file that this command wrote, or directory of a run"
+    )
+    smaller.add_argument(
+        "--pipeline", metavar="STAGES", default="", help='such as "prune(0.9) | quantize | pack"'
+    )
+    smaller.add_argument("--data", metavar="NAME", default="", help="data set (default: digits)")
+    smaller.add_argument("--args", metavar="TOML", default="", help="of a model: 'hidden=32'")
+    for part in ("train", "test"):
+        text = f"use at most this many {part} samples of the data set"
+        smaller.add_argument(f"--max-{part}", metavar="N", type=int, default=0, help=text)
+    smaller.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
+    smaller.add_argument("--runs", metavar="N", type=int, default=200, help="calls that are timed")
+    smaller.add_argument("--out", metavar="DIR", help="new folder for files (default: none)")
+
     again = _command(
         commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"
     )
@@ -528,6 +544,13 @@ def _export(options: argparse.Namespace) -> int:
     )
     what = "float" if options.weight_bits == 32 else how
     print(f"{done.path}: {done.num_bytes:,} bytes, {what}")
+    return DONE
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from edgelearn.compressing.command import run_command
+
+    run_command(options)
     return DONE
 
 

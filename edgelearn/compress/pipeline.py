@@ -17,8 +17,9 @@ What it costs at each stage, and how well it answers by a runtime, is measured b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from edgelearn.compress.tune import Teaching, Training, loaded, tune
 from edgelearn.errors import RunError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Samples
+from edgelearn.scenario.spec import plain
 from edgelearn.scenario.stages import (
     Distill,
     Pack,
@@ -58,6 +60,8 @@ class State:
         stays: Mask over the trained parameters [T], once weights are pruned: False is 0.
         bits: Of a weight, once quantized.
         packed: The file of the packed network.
+        facts: What files say about the network: as given, but for the `model` and `args` of a new
+            one that `distill` made.
     """
 
     module: nn.Module
@@ -65,6 +69,7 @@ class State:
     stays: Tensor | None = None
     bits: int | None = None
     packed: bytes | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_stages(
@@ -84,7 +89,7 @@ def run_stages(
         data: Training samples; quantization-aware training and channels' examples are from them.
         seed: Of everything random; stages differ in what they draw.
         factory: Makes a network of a name ("" is the present one's) and arguments, for `distill`.
-        facts: What the packed file says about itself.
+        facts: What files say about the network given.
 
     Raises:
         ValueError: If there are no samples.
@@ -93,7 +98,7 @@ def run_stages(
         DivergenceError: If a loss is not finite.
     """
     given = loaded(module, {})
-    state = State(given, given)
+    state = State(given, given, facts=dict(facts or {}))
     for place, stage in enumerate(stages):
         own = derive(seed, "compress-stage", place)
         match stage:
@@ -109,14 +114,13 @@ def run_stages(
                     state.module,
                     data.batch(slice(0, 2)).x,
                     ratio=stage.ratio,
-                    scope=stage.scope,
                     round_to=stage.round_to,
                 )
                 state = replace(state, module=_tuned(smaller, stage, data, own))
             case Quantize():
                 state = _quantized(state, stage, data, own)
             case Pack():
-                state = _packed(state, facts or {})
+                state = _packed(state)
         yield stage, state
 
 
@@ -128,6 +132,8 @@ def _distilled(
         if factory is None:
             raise RunError("distill: a new network needs a factory, and none was given")
         pupil = factory(stage.model, stage.args)
+        facts = {**state.facts, "args": json.dumps(plain(stage.args))}
+        state = replace(state, facts=facts | ({"model": stage.model} if stage.model else {}))
     teaching = Teaching(
         teacher=state.teacher, alpha=stage.alpha, temperature=stage.temperature, kind=stage.kind
     )
@@ -164,8 +170,8 @@ def _quantized(state: State, stage: Quantize, data: Samples, seed: int) -> State
     return replace(state, module=module, bits=stage.bits)
 
 
-def _packed(state: State, facts: Mapping[str, str]) -> State:
-    data = store(state.module, bits=state.bits, is_packed=True, facts=facts)
+def _packed(state: State) -> State:
+    data = store(state.module, bits=state.bits, is_packed=True, facts=state.facts)
     tensors = read(data, source="pack").tensors
     return replace(state, module=loaded(state.module, tensors), packed=data)
 

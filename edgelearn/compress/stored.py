@@ -28,7 +28,7 @@ from edgelearn.errors import StateError
 from edgelearn.params import FlatModel
 
 _CODES, _SCALES = "codes/", "scales/"
-_FORMAT = "edgelearn-network-1"
+_METADATA, _FORMAT = "edgelearn", "edgelearn-network-1"
 _DENSE, _PACKED = "dense", "packed"
 
 
@@ -86,7 +86,9 @@ def store(
         "bits": str(bits or 32),
         "shapes": json.dumps({name: shapes[name] for name in sorted(quantized)}),
     }
-    return save(out, metadata={**(facts or {}), **own})
+    # One entry, sorted: of several, safetensors writes now one first and now another.
+    said = json.dumps({**(facts or {}), **own}, sort_keys=True)
+    return save(out, metadata={_METADATA: said})
 
 
 def read(data: bytes, *, source: str) -> Stored:
@@ -138,7 +140,7 @@ def _facts(data: bytes, source: str) -> dict[str, str]:
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
-        found: dict[str, str] = dict(header.get("__metadata__", {}))
+        found: dict[str, str] = json.loads(header.get("__metadata__", {}).get(_METADATA, "{}"))
     except (ValueError, AttributeError, TypeError) as error:
         raise StateError(f"{source}: damaged, or not a safetensors file: {error}") from error
     return found

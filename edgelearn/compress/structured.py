@@ -27,8 +27,8 @@ from torch.nn.modules.conv import _ConvNd
 from edgelearn.errors import ExtraMissingError, RunError, StateError
 from edgelearn.params import Layout
 
-SCOPES = ("layer", "global")
 _PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROUNDING = 1e-9
 _FOLLOWING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -37,7 +37,6 @@ def prune_channels(
     example: Tensor,
     *,
     ratio: float,
-    scope: str = "layer",
     round_to: int = 1,
     keep: Collection[str] = (),
 ) -> nn.Module:
@@ -48,10 +47,9 @@ def prune_channels(
     Args:
         module: The network; it stays as it is.
         example: One input or more [B, ...].
-        ratio: Part of the channels of a layer that goes, in [0, 1); at least one stays.
-        scope: "layer": every layer loses this part; "global": all layers together do, and the
-            channels that matter least over all of them go (no layer loses more than 0.9 then).
-        round_to: Channels that stay are a multiple of this, as some kernels like it.
+        ratio: Part of each layer's channels that goes, in [0, 1); at least one stays.
+        round_to: Channels that stay are a multiple of this, as some kernels like it; so some more
+            go. A layer with no more than this keeps them all.
         keep: Names of further modules that keep all their outputs.
 
     Returns:
@@ -64,8 +62,6 @@ def prune_channels(
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to less than 1")
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; allowed: {', '.join(SCOPES)}")
     if round_to < 1:
         raise ValueError(f"round_to is {round_to}; at least 1 is allowed")
     pruning = torch_pruning()
@@ -86,8 +82,7 @@ def prune_channels(
                 example,
                 importance=pruning.importance.GroupMagnitudeImportance(p=2),
                 pruning_ratio=ratio,
-                max_pruning_ratio=1.0 if scope == "layer" else 0.9,
-                global_pruning=scope == "global",
+                pruning_ratio_dict=_ratios(smaller, ratio, round_to),
                 round_to=None if round_to == 1 else round_to,
                 ignored_layers=[last, *(parts[name] for name in keep)],
             )
@@ -172,6 +167,20 @@ def _check_supported(module: nn.Module) -> None:
                 f"{type(part).__name__} with parameters; allowed are Linear, Conv1d to Conv3d and "
                 "BatchNorm1d to BatchNorm3d"
             )
+
+
+def _ratios(module: nn.Module, ratio: float, round_to: int) -> dict[nn.Module, float]:
+    """Return each layer's part that goes; left to itself, torch-pruning skips what would be empty.
+
+    It keeps int(count * (1 - part)) channels, so the part is made a little smaller than it is.
+    """
+    found: dict[nn.Module, float] = {}
+    for part in module.modules():
+        if isinstance(part, _PRUNABLE):
+            count = part.weight.shape[0]
+            most = max(count - round_to, 0) / count
+            found[part] = max(min(ratio, most) - _ROUNDING, 0.0)
+    return found
 
 
 def _last_layer(module: nn.Module, example: Tensor) -> tuple[nn.Module, tuple[int, ...]]:

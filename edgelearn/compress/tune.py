@@ -170,8 +170,8 @@ def tune(
             loss = _loss(seen(trained, batch.x), batch, teaching, taught, places)
             if not bool(torch.isfinite(loss)):
                 raise DivergenceError(
-                    f"step {step + 1} of {num_steps}: the loss is {float(loss)}; a lower lr than "
-                    f"{how.lr:g} may help"
+                    f"step {step + 1} of {num_steps}: the loss is {float(loss.detach())}; a lower "
+                    f"lr than {how.lr:g} may help"
                 )
             (trained.grad,) = torch.autograd.grad(loss, trained)
             optimizer.step()

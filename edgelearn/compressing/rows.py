@@ -109,7 +109,7 @@ class Scale:
         self._num_runs = num_runs
 
     def weigh(
-        self, stage: Stage | None, state: State, exact: nn.Module, facts: dict[str, str]
+        self, stage: Stage | None, state: State, exact: nn.Module
     ) -> tuple[dict[str, Any], Artefact]:
         """Return a row's numbers, by name, and the file.
 
@@ -117,7 +117,6 @@ class Scale:
             stage: What was done last; None: nothing.
             state: The network.
             exact: The float network that it comes from.
-            facts: What the file says about itself.
         """
         found = cost(state.module, self._x)
         predict = self._served(state)
@@ -126,7 +125,7 @@ class Scale:
             predict, reference, self._x, self._y, batches=(1,), num_runs=self._num_runs
         )
         (latency,) = measured.latencies
-        artefact = self._artefact(stage, state, predict, facts)
+        artefact = self._artefact(stage, state, predict)
         numbers = {
             "parameters": found.parameters,
             "nonzero": found.nonzero,
@@ -147,14 +146,12 @@ class Scale:
         runtime = self._float if state.bits is None else self._integer
         return runtime.prepare(model, model.initial()).calibrated(self._calibration)
 
-    def _artefact(
-        self, stage: Stage | None, state: State, predict: Predictor, facts: dict[str, str]
-    ) -> Artefact:
+    def _artefact(self, stage: Stage | None, state: State, predict: Predictor) -> Artefact:
         if isinstance(stage, Pack) and state.packed is not None:
             return Artefact("packed.safetensors", state.packed)
         if isinstance(stage, Quantize) and isinstance(predict, OnnxPredictor):
-            return Artefact("onnx", with_facts(predict.artefact, facts))
-        return Artefact("safetensors", store(state.module, bits=state.bits, facts=facts))
+            return Artefact("onnx", with_facts(predict.artefact, state.facts))
+        return Artefact("safetensors", store(state.module, bits=state.bits, facts=state.facts))
 
 
 def _float(module: nn.Module, x: Tensor) -> Predictor:

@@ -111,7 +111,7 @@ def compress(
         for stage, state in _states(module, stages, train, seed, factory, own):
             if not isinstance(stage, Pack | Quantize):
                 exact = state.module
-            numbers, artefact = scale.weigh(stage, state, exact, own)
+            numbers, artefact = scale.weigh(stage, state, exact)
             text = "given" if stage is None else written((stage,))
             row = Row(stage=text, artefact=_name(len(rows), stage, artefact), **numbers)
             if out is not None:
@@ -144,7 +144,7 @@ def _states(
     facts: Mapping[str, str],
 ) -> Iterator[tuple[Stage | None, State]]:
     """Give the network as it is, and after each stage."""
-    yield None, State(module, module)
+    yield None, State(module, module, facts=facts)
     yield from run_stages(module, stages, train, seed=seed, factory=factory, facts=facts)
 
 

@@ -91,7 +91,6 @@ class PruneChannels(Tuned):
     verb: ClassVar[str] = "prune_channels"
     main: ClassVar[str] = "ratio"
     ratio: float = rule("part of a layer's channels that goes", 0.5, minimum=0.0, maximum=0.999)
-    scope: str = rule("what channels compete with", "layer", choices=_SCOPES)
     round_to: int = rule("channels that stay are a multiple of this", 1, minimum=1)
     epochs: int = rule("passes over the training samples afterwards", 3, minimum=0)
 

@@ -411,6 +411,7 @@ OTHER = {  # another valid value for each key of a scenario
     "runtime.num_calibration": 3,
     "evaluate.every_rounds": 2,
     "evaluate.num_devices": 1,
+    "compress.pipeline": "prune(0.5) | quantize",
 }
 
 
