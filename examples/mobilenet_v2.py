@@ -67,7 +67,7 @@ def main() -> None:
     data: dict[str, Any] = {"dataset": asked.data, "root": asked.root}
     if asked.quick:
         data |= {"max_train": 600, "max_test": 200}
-    cuts = {key: value for key, value in data.items() if key != "dataset"}
+    cuts = {key: data[key] for key in ("max_train", "max_test") if key in data}
     subject = find("mobilenet_v2", dataset=asked.data, **cuts)
     pipeline = PIPELINE.format(epochs=1 if asked.quick else asked.epochs)
     compress_subject(subject, pipeline=pipeline, out=asked.out)

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgelearn.compressing.subject import find
 from harness import results
 from harness.paths import ROOT
 from harness.results import Options
 
 from edgelearn.compressing.run import compress
+from edgelearn.compressing.subject import find
 from edgelearn.fleet.reference import one_thread
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime

@@ -20,15 +20,13 @@ import torch
 from torch import nn
 
 from edgelearn import plugins
+from edgelearn.compress.network_file import read_network, rebuilt
 from edgelearn.compress.pipeline import Factory
-from edgelearn.compress.stored import read
-from edgelearn.compress.structured import resized
 from edgelearn.compress.tune import loaded
 from edgelearn.deploy.export import calibration_samples
 from edgelearn.device.learner import make_learner
-from edgelearn.errors import RunError, StateError
+from edgelearn.errors import RunError
 from edgelearn.federated.rundir import holds_a_run, read_model, scenario_of
-from edgelearn.files import read_checked
 from edgelearn.params import SHARED, FlatModel
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.samples import Samples
@@ -137,20 +135,14 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, int], seed: int | 
 
 
 def _of_file(path: Path, dataset: str, cuts: Mapping[str, int], seed: int) -> Subject:
-    stored = read(read_checked(path), source=str(path))
-    facts = stored.facts
-    if missing := [key for key in ("model", "args", "dataset") if key not in facts]:
-        raise StateError(f"{path}: it does not say its {missing[0]}, so the network is not known")
+    found = read_network(path)
+    facts = found.facts
     scenario = _scenario(
         facts["model"], json.loads(facts["args"]), dataset or facts["dataset"], cuts, seed
     )
     world = build(scenario)
-    shapes = {name: tuple(value.shape) for name, value in stored.tensors.items()}
-    try:
-        module = resized(world.model().module, shapes)
-    except StateError as error:
-        raise StateError(f"{path}: {error}") from error
-    return _subject(world, loaded(module, stored.tensors), AFTERWARDS)
+    module = rebuilt(world.model().module, found, source=str(path))
+    return _subject(world, module, AFTERWARDS)
 
 
 def _scenario(
