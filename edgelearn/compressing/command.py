@@ -44,6 +44,7 @@ def run_command(options: argparse.Namespace) -> Report:
     subject = find(
         options.target,
         dataset=options.data,
+        root=options.root,
         args=_arguments(options.args),
         max_train=options.max_train,
         max_test=options.max_test,

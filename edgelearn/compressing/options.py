@@ -17,6 +17,9 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="NAME", default="", help="data set (default: the target's own, or digits)"
     )
+    parser.add_argument(
+        "--root", metavar="DIR", default="", help="folder of the data set, as for image-folder"
+    )
     parser.add_argument("--args", metavar="TOML", default="", help="of a model: 'hidden=32'")
     for part in ("train", "test"):
         text = f"use at most this many {part} samples of the data set"

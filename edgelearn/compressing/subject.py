@@ -20,15 +20,13 @@ import torch
 from torch import nn
 
 from edgelearn import plugins
+from edgelearn.compress.network_file import read_network, rebuilt, refuse_other_samples
 from edgelearn.compress.pipeline import Factory
-from edgelearn.compress.stored import read
-from edgelearn.compress.structured import resized
 from edgelearn.compress.tune import loaded
 from edgelearn.deploy.export import calibration_samples
 from edgelearn.device.learner import make_learner
-from edgelearn.errors import RunError, StateError
+from edgelearn.errors import RunError
 from edgelearn.federated.rundir import holds_a_run, read_model, scenario_of
-from edgelearn.files import read_checked
 from edgelearn.params import SHARED, FlatModel
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.samples import Samples
@@ -67,6 +65,7 @@ def find(
     target: str,
     *,
     dataset: str = "",
+    root: str = "",
     args: Mapping[str, Any] = MappingProxyType({}),
     max_train: int = 0,
     max_test: int = 0,
@@ -78,6 +77,7 @@ def find(
         target: Directory of a finished run, a file that `edgelearn compress` wrote, or a model as
             scenarios name it.
         dataset: As scenarios name it; "" is the run's or the file's own, and digits for a model.
+        root: Folder of the data set, for those that need one named (`image-folder`).
         args: Arguments of the model, where the target is one.
         max_train: Use at most this many training samples; 0 is all. Not with a run's own samples.
         max_test: The same of test samples.
@@ -88,7 +88,7 @@ def find(
         StateError: If the file or run is damaged, or of another network.
         RunError: If the run has no single model that its devices answer with.
     """
-    cuts = {"max_train": max_train, "max_test": max_test}
+    cuts = {"max_train": max_train, "max_test": max_test, "root": root}
     path = Path(target)
     if holds_a_run(path) or (path.is_dir() and target not in plugins.names(plugins.MODELS)):
         if args:
@@ -102,7 +102,7 @@ def find(
     return _subject(world, world.model().module, FROM_SCRATCH)
 
 
-def _of_run(directory: Path, dataset: str, cuts: Mapping[str, int], seed: int | None) -> Subject:
+def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | None) -> Subject:
     scenario = scenario_of(directory)
     world = build(scenario)
     learner = make_learner(world)
@@ -136,37 +136,22 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, int], seed: int | 
     return replace(subject, facts=facts)
 
 
-def _of_file(path: Path, dataset: str, cuts: Mapping[str, int], seed: int) -> Subject:
-    stored = read(read_checked(path), source=str(path))
-    facts = stored.facts
-    if missing := [key for key in ("model", "args", "dataset") if key not in facts]:
-        raise StateError(f"{path}: it does not say its {missing[0]}, so the network is not known")
+def _of_file(path: Path, dataset: str, cuts: Mapping[str, Any], seed: int) -> Subject:
+    found = read_network(path)
+    facts = found.facts
     scenario = _scenario(
         facts["model"], json.loads(facts["args"]), dataset or facts["dataset"], cuts, seed
     )
     world = build(scenario)
-    shapes = {name: tuple(value.shape) for name, value in stored.tensors.items()}
-    try:
-        module = loaded(resized(world.model().module, shapes), stored.tensors)
-    except StateError as error:
-        raise StateError(f"{path}: {error}") from error
-    if not _answers(module, world):  # smaller layers alone do not make it one for other samples
-        raise StateError(f"{path}: the network does not fit samples of {scenario.data.dataset!r}")
+    module = rebuilt(world.model().module, found, source=str(path))
+    refuse_other_samples(
+        module, world.sample_shape, world.num_classes, source=f"{path}, {scenario.data.dataset}"
+    )
     return _subject(world, module, AFTERWARDS)
 
 
-def _answers(module: nn.Module, world: World) -> bool:
-    """Whether a network answers the samples of a world with its classes."""
-    x = world.test.batch(torch.zeros(1, dtype=torch.int64)).x
-    try:
-        with torch.no_grad():
-            return tuple(module(x).shape) == (1, world.num_classes)
-    except RuntimeError:  # layers of other sizes
-        return False
-
-
 def _scenario(
-    model: str, args: Mapping[str, Any], dataset: str, cuts: Mapping[str, int], seed: int
+    model: str, args: Mapping[str, Any], dataset: str, cuts: Mapping[str, Any], seed: int
 ) -> Scenario:
     """Return a scenario of one device, which has all samples: of it, data and model count."""
     raw = {

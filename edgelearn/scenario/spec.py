@@ -303,7 +303,7 @@ def plain(value: Any) -> Any:
 
 
 def _portable(value: Any) -> Any:
-    """Replace the paths of plug-in files by fingerprints of what is in them."""
+    """Replace the paths of plug-ins and stored networks by fingerprints of what is in them."""
     if isinstance(value, dict):
         return {k: _portable(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -311,5 +311,11 @@ def _portable(value: Any) -> Any:
     if isinstance(value, str) and ".py:" in value:
         place, _, name = value.removeprefix(AVALANCHE).rpartition(":")
         if Path(place).is_file():
-            return f"{hashlib.blake2b(Path(place).read_bytes(), digest_size=8).hexdigest()}:{name}"
+            return f"{_fingerprint(Path(place))}:{name}"
+    if isinstance(value, str) and value.endswith(".safetensors") and Path(value).is_file():
+        return _fingerprint(Path(value))
     return value
+
+
+def _fingerprint(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

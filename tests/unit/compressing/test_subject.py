@@ -105,7 +105,7 @@ def test_the_command_compresses_a_run_and_its_own_files(
     file = out / report["rows"][1]["artefact"]
     subject = find(str(file))
     assert subject.pipeline == AFTERWARDS
-    with pytest.raises(StateError, match="does not fit samples of 'digits'"):
+    with pytest.raises(StateError, match="does not fit samples"):
         find(str(file), dataset="digits")
     zeros = sum(int((p == 0).sum()) for p in subject.module.parameters())
     assert zeros == report["rows"][1]["parameters"] - report["rows"][1]["nonzero"] > 0
