@@ -18,7 +18,7 @@ from typing import Any
 import render
 from harness.paths import PAGE, QUICK_RESULTS
 from harness.results import Options, say
-from parts import codecs, comparison, continual, device, evaluation, ewc, memory, scaling
+from parts import codecs, comparison, continual, device, evaluation, ewc, memory, pipelines, scaling
 
 PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     **{w: partial(comparison.measure, w) for w in comparison.WORKLOADS_OF_PART},
@@ -29,6 +29,7 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "device": device.measure,
     "scaling": scaling.measure,
     "codecs": codecs.measure,
+    pipelines.PART: pipelines.measure,
 }
 
 

@@ -18,6 +18,7 @@ from parts import (
     ewc,
     int8_training,
     memory,
+    pipelines,
     quantization,
     runtimes,
     scaling,
@@ -54,6 +55,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("scaling", "How it scales", scaling.section),
     ("quantization", "Quantization-aware training", quantization.section),
     ("int8-training", "Training without float weights", int8_training.section),
+    (pipelines.PART, "Pipelines of compression", pipelines.section),
     ("codecs", "What crosses the wire", codecs.section),
 )
 # Parts with a script of their own.

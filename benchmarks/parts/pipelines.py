@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,33 +27,48 @@ ARTEFACTS = ROOT / "build" / PART
 _TRAIN = "batch_size=128, lr=0.002, schedule='cosine'"
 _SERVE = "quantize(8, runtime='onnxruntime')"
 SMALL_CNN = {"channels": [16, 32], "hidden": 128}
-# name -> (model, arguments, pipeline); {epochs} is filled in
-PIPELINES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
-    "small CNN, pruned": (
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A network, and what is done to it.
+
+    Attributes:
+        model: Name of the network; empty where it is what another pipeline has trained.
+        stages: What is done.
+        args: Arguments of the network.
+        after: The other pipeline.
+        seeds: Seeds, from 0.
+    """
+
+    model: str
+    stages: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    after: str = ""
+    seeds: int = 3
+
+
+PIPELINES: Mapping[str, Pipeline] = {
+    "small CNN, pruned": Pipeline(
         "cnn",
-        SMALL_CNN,
-        f"train({{epochs}}, {_TRAIN}) | prune(0.9, num_prunings=3, epochs=2) | quantize | pack",
+        f"train(5, {_TRAIN}) | prune(0.9, num_prunings=3, epochs=2) | quantize | pack",
+        args=SMALL_CNN,
     ),
-    "small CNN, channels": (
-        "cnn",
-        SMALL_CNN,
-        (
-            f"train({{epochs}}, {_TRAIN}) | prune_channels(0.5, epochs=0)"
-            f" | distill(epochs=4, {_TRAIN}) | {_SERVE}"
-        ),
+    "small CNN, channels": Pipeline(
+        "",
+        f"prune_channels(0.5, epochs=0) | distill(epochs=4, {_TRAIN}) | {_SERVE}",
+        after="small CNN, pruned",
     ),
-    "MobileNetV2, int8": ("mobilenet_v2", {}, f"train({{epochs}}, {_TRAIN}) | {_SERVE}"),
-    "MobileNetV2, channels": (
-        "mobilenet_v2",
-        {},
-        (
-            f"train({{epochs}}, {_TRAIN}) | prune_channels(0.5, epochs=0)"
-            f" | distill(epochs={{epochs}}, {_TRAIN}) | {_SERVE}"
-        ),
+    # A MobileNetV2 trains for minutes: one seed.
+    "MobileNetV2, int8": Pipeline("mobilenet_v2", f"train(4, {_TRAIN}) | {_SERVE}", seeds=1),
+    "MobileNetV2, channels": Pipeline(
+        "",
+        f"prune_channels(0.5, epochs=0) | distill(epochs=4, {_TRAIN}) | {_SERVE}",
+        after="MobileNetV2, int8",
+        seeds=1,
     ),
 }
-_EPOCHS = {"cnn": 5, "mobilenet_v2": 4}
-_SEEDS = {"cnn": 3, "mobilenet_v2": 1}  # a MobileNetV2 trains for minutes
+_TRAINED = "1-train.safetensors"
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -62,55 +77,57 @@ def measure(options: Options) -> dict[str, Any]:
     def runs(seed: int) -> dict[str, results.Run]:
         return {
             name: partial(_run, name, seed=seed, quick=options.quick)
-            for name, (model, _, _) in PIPELINES.items()
-            if options.quick or seed < _SEEDS[model]
+            for name, pipeline in PIPELINES.items()
+            if seed < pipeline.seeds
         }
 
     config = {
         "dataset": DATASET,
-        "pipelines": {name: _pipeline(name) for name in PIPELINES},
+        "pipelines": {name: asdict(pipeline) for name, pipeline in PIPELINES.items()},
         "command": f"python benchmarks/engines.py --only {PART}",
     }
-    count = 1 if options.quick else max(_SEEDS.values())
-    return results.repeat(PART, runs, options, config=config, repetitions=count)
+    count = 1 if options.quick else max(pipeline.seeds for pipeline in PIPELINES.values())
+    return results.repeat(PART, runs, options, config=config, repetitions=count, backwards=False)
 
 
-def _pipeline(name: str) -> str:
-    model, _, pipeline = PIPELINES[name]
-    return pipeline.format(epochs=_EPOCHS[model])
+def _folder(name: str, *, seed: int, quick: bool) -> Path:
+    return ARTEFACTS / ("quick" if quick else f"seed-{seed}") / name.replace(", ", "-")
 
 
 def _run(name: str, *, seed: int, quick: bool) -> dict[str, Any]:
-    model, args, pipeline = PIPELINES[name]
+    pipeline = PIPELINES[name]
     cuts = {"max_train": 400, "max_test": 200} if quick else {}
-    subject = find(model, dataset=DATASET, args=args, seed=seed, **cuts)
-    folder = ARTEFACTS / ("quick" if quick else f"seed-{seed}") / name.replace(", ", "-")
+    target, num_runs = pipeline.model, 20 if quick else 500
+    if pipeline.after:
+        target = str(_folder(pipeline.after, seed=seed, quick=quick) / _TRAINED)
+    subject = find(target, dataset=DATASET, args=pipeline.args, seed=seed, **cuts)
+    folder = _folder(name, seed=seed, quick=quick)
     shutil.rmtree(folder, ignore_errors=True)
     report = compress(
         subject.module,
         train=subject.train,
         test=subject.test,
-        pipeline=pipeline.format(epochs=1) if quick else _pipeline(name),
+        pipeline=pipeline.stages,
         seed=seed,
         factory=subject.factory,
         facts=subject.facts,
         out=folder,
-        num_runs=20 if quick else 500,
+        num_runs=num_runs,
     )
-    eager = FlatModel(report.networks[1])
+    first = 0 if pipeline.after else 1  # the trained network
+    eager = FlatModel(report.networks[first])
     x = subject.test.batch(slice(0, 200)).x
     with one_thread():
         predict = FloatRuntime().prepare(eager, eager.initial()).calibrated(x)
-        found = measure_runtime(predict, predict, x, batches=(1,), num_runs=20 if quick else 500)
-    rows = [asdict(row) for row in report.rows]
+        found = measure_runtime(predict, predict, x, batches=(1,), num_runs=num_runs)
+    rows = [asdict(row) for row in report.rows[first:]]
     return {
         "rows": rows,
         "eager_p50_ms": found.latencies[0].p50_ms,
         "eager_p99_ms": found.latencies[0].p99_ms,
-        "lost": 100 * (rows[1]["accuracy"] - rows[-1]["accuracy"]),
-        "fewer_bytes": rows[1]["disk_bytes"] / rows[-1]["disk_bytes"],
+        "lost": 100 * (rows[0]["accuracy"] - rows[-1]["accuracy"]),
+        "fewer_bytes": rows[0]["disk_bytes"] / rows[-1]["disk_bytes"],
         "quicker": found.latencies[0].p50_ms / rows[-1]["p50_ms"],
-        "artefacts": str(Path(*folder.relative_to(ROOT).parts)),
     }
 
 
@@ -129,12 +146,12 @@ def section(result: dict[str, Any]) -> str:
             continue
         lines += [
             "",
-            f"**{name}** ({len(found)} seed(s)): `{pipeline}`",
+            f"**{name}** ({_begin(pipeline)}; {len(found)} seed(s)): `{pipeline['stages']}`",
             "",
             "| stage | parameters | not 0 | MACs | bytes | accuracy, % | p50 ms | p99 ms | by |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for place in range(1, len(found[0]["rows"])):
+        for place in range(len(found[0]["rows"])):
             lines.append(_row([run["rows"][place] for run in found]))
         eager = statistics.median(run["eager_p50_ms"] for run in found)
         lost = [run["lost"] for run in found]
@@ -150,6 +167,13 @@ def section(result: dict[str, Any]) -> str:
             ),
         ]
     return "\n".join(lines)
+
+
+def _begin(pipeline: Mapping[str, Any]) -> str:
+    if pipeline["after"]:
+        return f'from what "{pipeline["after"]}" has trained'
+    args = ", ".join(f"{name} = {value}" for name, value in pipeline["args"].items())
+    return f"`{pipeline['model']}`" + (f", {args}" if args else "")
 
 
 def _row(rows: list[dict[str, Any]]) -> str:
