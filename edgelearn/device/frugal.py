@@ -1,0 +1,271 @@
+"""Training steps in less memory: a part of the parameters, batches in parts, activations twice.
+
+The parameters that take steps are leaves of the graph, tensor by tensor, and share their memory
+with the device's vector: there is no gradient of the others, and no vector of gradients at all. The
+others enter the graph without a history, so below the first chosen layer nothing is kept.
+
+- `train`: which ones (`device.chosen`);
+- `accumulate`: a batch passes in N parts, whose gradients are added up;
+- `checkpoint`: of each block only its input is kept, and the rest is computed again when it is
+  needed (Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016,
+  arXiv:1604.06174). Gradients have the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgelearn.continual.local import Trained
+from edgelearn.continual.memory import Memory
+from edgelearn.continual.strategy import ClientStrategy
+from edgelearn.device.blocks import blocks_of, checkpointed
+from edgelearn.device.chosen import chosen, mixes_samples, settle
+from edgelearn.device.training import Optimizer, Step, Training, make_optimizer
+from edgelearn.errors import Fault
+from edgelearn.params import FlatModel
+from edgelearn.scenario.samples import Batch
+from edgelearn.scenario.spec import ALL, ClientSpec
+
+
+def faults(model: FlatModel, strategy: ClientStrategy, spec: ClientSpec) -> Iterator[Fault]:
+    """Say what keeps a scenario from the options that save memory."""
+    wanted = {
+        "train": spec.train != ALL,
+        "accumulate": spec.accumulate > 1,
+        "checkpoint": spec.checkpoint,
+    }
+    keys = [key for key, is_wanted in wanted.items() if is_wanted]
+    own = {"fit": "trains by itself", "gradient": "takes the gradient by itself"}
+    for hook, does in own.items():
+        if strategy.overrides(hook):
+            message = f"{spec.strategy!r} {does}, so no step can be taken in less memory"
+            yield from (Fault("client", key, message) for key in keys)
+            return
+    try:
+        names = chosen(model, spec.train)
+    except ValueError as error:
+        yield Fault("client", "train", str(error))
+        return
+    if spec.accumulate > 1:
+        if strategy.overrides("loss"):
+            message = f"{spec.strategy!r} has a loss of its own, which may need a batch whole"
+            yield Fault("client", "accumulate", message)
+        if mixes_samples(model, names, is_all=spec.train == ALL):
+            message = "batch norm takes its statistics from a batch, and those of its parts differ"
+            yield Fault("client", "accumulate", message)
+    if spec.checkpoint and not blocks_of(model.module):
+        message = "the network has no nn.Sequential of at least two blocks to compute again"
+        yield Fault("client", "checkpoint", message)
+
+
+class Frugal(FlatModel):
+    """A network of whose parameters some have a gradient; shares everything with the network.
+
+    Args:
+        model: The network.
+        names: The parameters that have.
+        checkpoints: Whether blocks are computed again in the backward pass.
+    """
+
+    def __init__(self, model: FlatModel, names: Sequence[str], *, checkpoints: bool) -> None:
+        self.__dict__.update(model.__dict__)
+        self._names = frozenset(names)
+        self._blocks = blocks_of(model.module) if checkpoints else []
+        self._current: Tensor | None = None
+        self._whole: Tensor | None = None
+        self._leaves: Mapping[str, Tensor] = {}
+        self._beside: Mapping[str, Tensor] = {}
+
+    def put_beside(self, params: Tensor) -> dict[str, Tensor]:
+        """Copy what no gradient changes out of parameters [P]; a forward pass writes into it.
+
+        Returns:
+            The copies by name, as the network sees them from now on.
+        """
+        layout = self.layout
+        last = len(layout.names) - layout.num_shared_tensors
+        views = layout.views(params)
+        beside = {n: views[n].clone() for n in layout.names[layout.num_trained_tensors : last]}
+        self._beside = beside
+        return beside
+
+    def whole(self, current: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Return parameters [T] that are a function of the leaves, for a loss to look at.
+
+        A forward pass with them goes to the leaves directly.
+
+        Args:
+            current: All values [T], without a history.
+            leaves: Parameters that have a gradient, by name; they share the memory of `current`.
+        """
+        places = [self.layout.places[name] for name in leaves]
+        whole: Tensor = _Whole.apply(current, places, *leaves.values())
+        self._current, self._leaves, self._whole = current, leaves, whole
+        return whole
+
+    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+        """Evaluate the module; what is not chosen enters the graph without a history."""
+        if params is self._whole and self._current is not None:
+            tensors = {**self._beside, **self.layout.views(self._current), **self._leaves}
+        else:  # former parameters, or some that were made from the current ones
+            tensors = {
+                **self._beside,
+                **{
+                    name: view if name in self._names else view.detach()
+                    for name, view in self.layout.views(params).items()
+                },
+            }
+        with self.bound(tensors), checkpointed(self._blocks, lambda: self.bound(tensors)):
+            out: Tensor = self.module(x)
+        return out
+
+
+class _Whole(torch.autograd.Function):
+    """current [T] as a function of the tensors that lie in it."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, places: Sequence[slice], *leaves: Tensor) -> Tensor:
+        ctx.places, ctx.shapes = places, [leaf.shape for leaf in leaves]
+        return current.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(ctx.places, ctx.shapes, strict=True)
+        return None, None, *(gradient[place].view(shape) for place, shape in parts)
+
+
+def train(
+    training: Training, params: Tensor, memory: Memory, steps: Iterator[Step], mu: float
+) -> Trained:
+    """Train one device; see `Training.run`."""
+    model, strategy, spec = training.model, training.strategy, training.spec
+    layout = model.layout
+    names = chosen(model, spec.train)
+    local = params.clone()
+    model.module.train()
+    if spec.train != ALL:
+        settle(model, names)
+    frugal = Frugal(model, names, checkpoints=spec.checkpoint)
+    beside = frugal.put_beside(local)
+    seen = strategy.view(frugal)
+    current = local[: layout.num_trained]
+    views = layout.views(current)
+    leaves = {name: views[name].detach().requires_grad_() for name in names}
+    after = _AfterGradient(strategy, model, spec, memory, mu, params, current, leaves)
+    total, count, passed = 0.0, 0, 0
+    for step in steps:
+        batch, memory = step.batch, step.memory
+        loss, gradients = 0.0, list[Tensor]()
+        for piece, share in _pieces(batch, spec.accumulate):
+            value = strategy.loss(seen, frugal.whole(current, leaves), piece, memory)
+            value = value if share == 1 else value * share
+            found = _gradients(value, leaves)
+            if gradients:
+                found = [a + b for a, b in zip(gradients, found, strict=True)]
+            gradients = found
+            loss += float(value.detach())
+            del value, found
+        with torch.no_grad():
+            memory = after.move(gradients, memory)
+        del gradients  # not to be there in the next step's forward pass
+        step.memory = memory
+        total += loss
+        count, passed = count + 1, passed + len(batch)
+    kept = layout.views(local)
+    for name, tensor in beside.items():
+        kept[name].copy_(tensor)
+    return Trained(local, memory, total / count, count, passed)
+
+
+def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> list[Tensor]:
+    return list(
+        torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    )
+
+
+def _pieces(batch: Batch, count: int) -> Iterator[tuple[Batch, float]]:
+    """Yield a batch in parts, with the share of each in the mean.
+
+    Weights are made larger by as much as the share makes them smaller, so that what a part's loss
+    has beside its samples counts once for the batch.
+    """
+    if count == 1 or len(batch) < 2:
+        yield batch, 1.0
+        return
+    size = math.ceil(len(batch) / count)
+    for first in range(0, len(batch), size):
+        rows = slice(first, first + size)
+        num = len(batch.y[rows])
+        weight = None if batch.weight is None else batch.weight[rows] * (len(batch) / num)
+        mask = None if batch.mask is None else batch.mask[rows]
+        yield Batch(batch.x[rows], batch.y[rows], weight, mask), num / len(batch)
+
+
+class _AfterGradient:
+    """What a strategy does in a step once there are gradients, tensor by tensor."""
+
+    def __init__(
+        self,
+        strategy: ClientStrategy,
+        model: FlatModel,
+        spec: ClientSpec,
+        memory: Memory,
+        mu: float,
+        params: Tensor,
+        current: Tensor,
+        leaves: Mapping[str, Tensor],
+    ) -> None:
+        self._strategy, self._lr, self._mu = strategy, spec.lr, mu
+        self._layout, self._current, self._leaves = model.layout, current, leaves
+        self._optimizers: list[Optimizer] = [make_optimizer(spec, x) for x in leaves.values()]
+        self._reference = self._parts(params)
+        pull = strategy.pull()
+        self._adjusts = strategy.overrides("adjust") or (pull is not None and pull.is_explicit)
+        self._has_proximal = strategy.overrides("proximal")
+        self._keeps_account = strategy.overrides("after_step")
+        self._implicit: list[tuple[Tensor, Tensor]] = []
+        if pull is not None and not pull.is_explicit and not self._has_proximal:
+            anchor, weight = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
+            self._implicit = list(zip(self._parts(anchor), self._parts(weight), strict=True))
+
+    def move(self, gradients: list[Tensor], memory: Memory) -> Memory:
+        """Take the step in place; return the memory after it. The rest never moves."""
+        strategy, leaves = self._strategy, list(self._leaves.values())
+        if self._adjusts:
+            changed = strategy.adjust(self._spread(gradients), self._current, memory)
+            gradients = self._parts(changed)
+        if self._mu:
+            gradients = [
+                g + self._mu * (leaf - start)
+                for g, leaf, start in zip(gradients, leaves, self._reference, strict=True)
+            ]
+        before = self._current.clone() if self._keeps_account else None
+        for optimizer, gradient in zip(self._optimizers, gradients, strict=True):
+            optimizer.step(gradient)
+        if self._implicit:
+            for leaf, (anchor, weight) in zip(leaves, self._implicit, strict=True):
+                leaf.lerp_(anchor, weight)
+        if self._has_proximal:
+            moved = self._parts(strategy.proximal(self._current, memory, lr=self._lr))
+            for leaf, value in zip(leaves, moved, strict=True):
+                leaf.copy_(value)
+        if before is None:
+            return memory
+        return strategy.after_step(before, self._current.clone(), self._spread(gradients), memory)
+
+    def _parts(self, whole: Tensor) -> list[Tensor]:
+        """Return views of what takes steps, of a vector [T] or [P]."""
+        views = self._layout.views(whole)
+        return [views[name] for name in self._leaves]
+
+    def _spread(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return gradients as a vector [T], 0 where nothing takes a step."""
+        whole = torch.zeros_like(self._current)
+        for part, gradient in zip(self._parts(whole), gradients, strict=True):
+            part.copy_(gradient)
+        return whole
