@@ -1,12 +1,14 @@
 """Tensors that live while something runs: how many bytes at the highest, and what they were.
 
 Every operation is seen as torch dispatches it, below autograd, and each storage that it returns is
-followed until it is freed. What an operation allocates for itself and frees before it returns (the
-workspace of a kernel) is not seen; `device.allocated` measures that too.
+followed until it is freed. What an operation allocates for itself and frees before it returns is
+not seen; for convolutions, whose kernels need most, a rule reckons it. `device.allocated` measures
+what there really is.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+KERNEL = "kernel"  # the phase of what a rule reckons
+
 
 @dataclass(slots=True)
 class Storage:
@@ -26,6 +30,7 @@ class Storage:
         num_bytes: Its size.
         operation: The operation, such as "aten.mm.default".
         phase: What the count was told to be going on.
+        step: In which step, as the count was told.
         is_backward: Whether a backward pass made it.
         is_graph: Whether gradients were being recorded: in a backward pass, for what is computed
             again.
@@ -35,6 +40,7 @@ class Storage:
     num_bytes: int
     operation: str
     phase: str
+    step: int
     is_backward: bool
     is_graph: bool
     outlives_backward: bool = True
@@ -51,19 +57,22 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         phase: What is going on, for `Storage.phase`; to be set by whoever knows.
+        step: Number of the step, for `Storage.step`; likewise.
         peak: Bytes at the highest, of what was made in the block.
-        at_peak: Key of each storage that was alive then -> the storage.
-        alive: The same, now.
+        at_peak: What was there then.
+        peak_step: The step that it was in.
         has_backward: Whether a backward pass made anything.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = ""
+        self.step = 0
         self.peak = 0
+        self.peak_step = 0
         self.has_backward = False
-        self.alive: dict[int, Storage] = {}
-        self.at_peak: dict[int, Storage] = {}
+        self._alive: dict[int, Storage] = {}
+        self.at_peak: list[Storage] = []
         self._now = 0
         self._keys: dict[int, int] = {}  # by address; a key is never used again
         self._next = 0
@@ -80,6 +89,9 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for made in tree_leaves(out):
             if _is_tensor(made):
                 self._note(made.untyped_storage(), str(func), given)
+        if (num_bytes := _workspace(func, args, out)) > 0:
+            operation, is_graph = str(func), torch.is_grad_enabled()
+            self._look(Storage(num_bytes, operation, KERNEL, self.step, _in_backward(), is_graph))
         return out
 
     def _note(self, storage: torch.UntypedStorage, operation: str, given: set[int]) -> None:
@@ -87,21 +99,63 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if address in self._keys or address in given:
             return  # a view, or written in place
         made = Storage(
-            storage.nbytes(), operation, self.phase, _in_backward(), torch.is_grad_enabled()
+            storage.nbytes(),
+            operation,
+            self.phase,
+            self.step,
+            _in_backward(),
+            torch.is_grad_enabled(),
         )
         self.has_backward |= made.is_backward
         self._keys[address] = key = self._next
         self._next += 1
-        self.alive[key] = made
+        self._alive[key] = made
         self._now += made.num_bytes
         weakref.finalize(storage, self._forget, address).atexit = False
-        if self._now > self.peak:
-            self.peak, self.at_peak = self._now, dict(self.alive)
+        self._look()
+
+    def _look(self, workspace: Storage | None = None) -> None:
+        """Take down what is there, if it is more than ever before."""
+        now = self._now + (workspace.num_bytes if workspace else 0)
+        if now < self.peak:  # of equals the last: an optimizer has settled by then
+            return
+        self.peak, self.peak_step = now, self.step
+        self.at_peak = list(self._alive.values())
+        if workspace:
+            self.at_peak.append(workspace)
 
     def _forget(self, address: int) -> None:
-        gone = self.alive.pop(self._keys.pop(address))
+        gone = self._alive.pop(self._keys.pop(address))
         gone.outlives_backward = not _in_backward()
         self._now -= gone.num_bytes
+
+
+def _workspace(func: Any, args: Sequence[Any], out: Any) -> int:
+    """Return the bytes that a convolution's kernel needs beside inputs and outputs.
+
+    oneDNN, which torch uses on x86, computes in a layout of its own, in blocks of 16 channels (8 of
+    an input with so few). A forward pass holds the larger one of input and output once more, a
+    backward pass both; images of at most three channels are read as they are. Found with torch 2.15
+    on AVX-512; other kernels need more or less, a device's own maybe nothing.
+    """
+    if func is torch.ops.aten.convolution.default:
+        return max(_read(args[0], always=False), _blocked(out, 16))
+    if func is torch.ops.aten.convolution_backward.default:
+        gradient, given, mask = args[0], args[1], args[-1]
+        return _blocked(gradient, 16) + _read(given, always=mask[0])
+    return 0
+
+
+def _read(given: Tensor, *, always: bool) -> int:
+    channels = given.shape[1]
+    if channels <= 3 and not always:
+        return 0
+    return _blocked(given, 8 if 3 < channels <= 8 else 16)
+
+
+def _blocked(tensor: Tensor, block: int) -> int:
+    channels = tensor.shape[1]
+    return tensor.numel() // channels * math.ceil(channels / block) * block * tensor.itemsize
 
 
 def _in_backward() -> bool:

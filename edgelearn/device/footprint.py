@@ -10,7 +10,9 @@ So whatever a strategy, an optimizer or an option does to a step is in the sum. 
 - `optimizer`: momentum or Adam's moments, and what a strategy keeps from one step to the next;
 - `activations`: what the forward pass made and the backward pass still needs;
 - `working`: what is on its way at that moment, such as derivatives by activations, and gradients
-  that are about to be joined;
+  that are about to be used, and states of torch's generator (5 KB each);
+- `kernels`: what the kernel of a convolution holds in a layout of its own, by a rule
+  (`device.counting`);
 - `batch`: samples that are decoded to float32;
 - `strategy`: tensors that the client strategy remembers, and a codec's residual;
 - `buffer`: samples that it keeps, as they are stored;
@@ -18,14 +20,14 @@ So whatever a strategy, an optimizer or an option does to a step is in the sum. 
 - `message`: the update, encoded, where sending it is what takes most;
 - `overhead`: what the caller says that everything else takes.
 
-Not counted: the workspaces of kernels, the interpreter, libraries and code, and consolidation at
+Not counted: what other kernels use, the interpreter, libraries and code, and consolidation at
 the end of an experience (Fisher, choosing exemplars), which takes no steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -34,17 +36,18 @@ from torch import Tensor
 
 from edgelearn.continual.local import Trained
 from edgelearn.continual.memory import Memory, SampleSpec
-from edgelearn.device.counting import Count, Storage
+from edgelearn.device.blocks import blocks_of
+from edgelearn.device.counting import KERNEL, Count, Storage
 from edgelearn.device.learner import Learner
-from edgelearn.device.training import Training
+from edgelearn.device.training import Step, Training
 from edgelearn.params import FlatModel
 from edgelearn.runtime.protocol import Runtime
-from edgelearn.scenario.samples import EMPTY, Batch, Samples, SampleStore
+from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.stream import Experience
 
 COMPONENTS = (
-    "weights", "gradients", "optimizer", "activations", "working", "batch", "strategy", "buffer",
-    "served", "message", "overhead",
+    "weights", "gradients", "optimizer", "activations", "working", "kernels", "batch", "strategy",
+    "buffer", "served", "message", "overhead",
 )  # fmt: skip
 _STEPS = 3  # in the first there are no moments yet
 
@@ -140,15 +143,22 @@ def count_steps(learner: Learner, samples: Samples, *, proximal_mu: float = 0.0)
     own, nor what it remembers.
     """
     count = Count()
-    watched = Samples(_Watched(samples.store, count), samples.ids)
-    round_ = Round.of(learner, watched, proximal_mu=proximal_mu)
-    count.phase = _BEFORE
+    round_ = Round.of(learner, samples, proximal_mu=proximal_mu)
+    count.phase = _BEFORE if round_.has_steps else _STEP
+    counted = _Counted(round_.training.model, round_.training.strategy, round_.training.spec, count)
     with count:
-        trained = round_.run()
-    found = _by_component(count)
+        replace(round_, training=counted).run()
+    found: dict[str, int] = {}
+    for storage in count.at_peak:
+        name = _component(storage, count)
+        found[name] = found.get(name, 0) + storage.num_bytes
+    if count.has_backward:
+        states = 1 + (_num_again(round_.training) if learner.spec.checkpoint else 0)
+        random = states * torch.default_generator.get_state().nbytes
+        found["working"] = found.get("working", 0) + random
+    found = {name: num_bytes for name, num_bytes in found.items() if num_bytes}
     if round_.has_entered:
         found["weights"] = found.get("weights", 0) + 4 * learner.model.layout.size
-    del trained
     return found
 
 
@@ -163,6 +173,7 @@ class Round:
         samples: What it has of the experience.
         mu: Of all proximal terms.
         has_entered: Whether it begins with others than those that the server sent.
+        has_steps: Whether it trains step by step.
     """
 
     training: Training
@@ -171,6 +182,7 @@ class Round:
     samples: Samples
     mu: float
     has_entered: bool
+    has_steps: bool
 
     @classmethod
     def of(cls, learner: Learner, samples: Samples, *, proximal_mu: float = 0.0) -> Round:
@@ -180,11 +192,12 @@ class Round:
         memory = in_mid_life(learner, params, samples)
         if strategy.overrides("enter"):
             entered, memory = strategy.enter(learner.model, params, memory)
-        if not strategy.overrides("fit"):
+        has_steps = not strategy.overrides("fit")
+        if has_steps:
             spec = replace(spec, steps=_STEPS)
         training = Training(learner.model, strategy, spec)
         mu = proximal_mu + strategy.proximity()
-        return cls(training, entered, memory, samples, mu, entered is not params)
+        return cls(training, entered, memory, samples, mu, entered is not params, has_steps)
 
     def run(self) -> Trained:
         """Take the steps."""
@@ -214,16 +227,16 @@ def in_mid_life(learner: Learner, params: Tensor, samples: Samples) -> Memory:
 _BEFORE, _BATCH, _STEP = "before", "batch", "step"
 
 
-def _by_component(count: Count) -> dict[str, int]:
-    """Tell apart what was alive at the peak."""
-    found: dict[str, int] = {}
-    for key, storage in count.at_peak.items():
-        name = _component(storage, stays=key in count.alive, by_hand=not count.has_backward)
-        found[name] = found.get(name, 0) + storage.num_bytes
-    return found
+def _num_again(training: Training) -> int:
+    """Return how many states of torch's generator wait for blocks to be computed again."""
+    found = blocks_of(training.model.module)
+    return sum(len(blocks.blocks) - blocks.num_kept for blocks in found)
 
 
-def _component(storage: Storage, *, stays: bool, by_hand: bool) -> str:
+def _component(storage: Storage, count: Count) -> str:
+    """Tell what something was that was there at the peak."""
+    if storage.phase == KERNEL:
+        return "kernels"
     if storage.phase == _BATCH:
         return "batch"
     if storage.phase == _BEFORE:  # copies of parameters; room for a gradient; what a pull weighs
@@ -233,36 +246,27 @@ def _component(storage: Storage, *, stays: bool, by_hand: bool) -> str:
     if storage.is_backward:
         if storage.is_graph:
             return "activations"  # computed again
-        return "gradients" if storage.outlives_backward else "working"
-    if stays:
+        if storage.step == count.peak_step:
+            return "gradients" if storage.outlives_backward else "working"
+    if storage.step < count.peak_step:
         return "optimizer"
-    # The written-out pass records no graph, and everything that it makes is of its forward pass.
-    return "activations" if storage.is_graph or by_hand else "working"
+    # The written-out pass records no graph, and what it makes it needs on the way back.
+    return "activations" if storage.is_graph or not count.has_backward else "working"
 
 
-class _Watched:
-    """A store that says when a batch is made of its samples."""
+@dataclass(frozen=True, slots=True)
+class _Counted(Training):
+    """Training that tells a count where it is."""
 
-    def __init__(self, store: SampleStore, count: Count) -> None:
-        self._store, self._count = store, count
+    count: Count
 
-    @property
-    def sample_bytes(self) -> int:
-        return self._store.sample_bytes
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return self._store.sample_shape
-
-    def labels(self, ids: Tensor) -> Tensor:
-        return self._store.labels(ids)
-
-    def batch(self, ids: Tensor) -> Batch:
-        self._count.phase = _BATCH
-        try:
-            return self._store.batch(ids)
-        finally:
-            self._count.phase = _STEP
+    def steps(self, samples: Samples, memory: Memory, seed: int) -> Iterator[Step]:
+        self.count.phase = _BATCH
+        for step in Training.steps(self, samples, memory, seed):
+            self.count.phase = _STEP
+            self.count.step += 1
+            yield step
+            self.count.phase = _BATCH
 
 
 @dataclass(frozen=True, slots=True)

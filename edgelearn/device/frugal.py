@@ -1,8 +1,8 @@
 """Training steps in less memory: a part of the parameters, batches in parts, activations twice.
 
 The parameters that take steps are leaves of the graph, tensor by tensor, and share their memory
-with the device's vector: there is no gradient of the others, and no vector of gradients at all. The
-others enter the graph without a history, so below the first chosen layer nothing is kept.
+with the device's vector. The others enter the graph without a history: no gradient is computed for
+them, and below the first chosen layer nothing is kept.
 
 - `train`: which ones (`device.chosen`);
 - `accumulate`: a batch passes in N parts, whose gradients are added up;
@@ -14,7 +14,8 @@ others enter the graph without a history, so below the first chosen layer nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,26 +156,21 @@ def train(
     seen = strategy.view(frugal)
     current = local[: layout.num_trained]
     views = layout.views(current)
-    leaves = {name: views[name].detach().requires_grad_() for name in names}
-    after = _AfterGradient(strategy, model, spec, memory, mu, params, current, leaves)
+    # `data`, since a tensor may move while derivatives are still taken by the next one below.
+    leaves = {name: views[name].data.requires_grad_() for name in names}
+    stepper = _Stepper(strategy, model, spec, memory, mu, params, current, leaves)
     total, count, passed = 0.0, 0, 0
     for step in steps:
         batch, memory = step.batch, step.memory
-        loss, gradients = 0.0, list[Tensor]()
-        for piece, share in _pieces(batch, spec.accumulate):
-            value = strategy.loss(seen, frugal.whole(current, leaves), piece, memory)
-            value = value if share == 1 else value * share
-            found = _gradients(value, leaves)
-            if gradients:
-                found = [a + b for a, b in zip(gradients, found, strict=True)]
-            gradients = found
-            loss += float(value.detach())
-            del value, found
+        for piece, share, is_last in _pieces(batch, spec.accumulate):
+            loss = strategy.loss(seen, frugal.whole(current, leaves), piece, memory)
+            loss = loss if share == 1 else loss * share
+            with stepper.moving(is_last=is_last):
+                loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            del loss
         with torch.no_grad():
-            memory = after.move(gradients, memory)
-        del gradients  # not to be there in the next step's forward pass
-        step.memory = memory
-        total += loss
+            step.memory = memory = stepper.finish(memory)
         count, passed = count + 1, passed + len(batch)
     kept = layout.views(local)
     for name, tensor in beside.items():
@@ -182,20 +178,14 @@ def train(
     return Trained(local, memory, total / count, count, passed)
 
 
-def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    )
-
-
-def _pieces(batch: Batch, count: int) -> Iterator[tuple[Batch, float]]:
-    """Yield a batch in parts, with the share of each in the mean.
+def _pieces(batch: Batch, count: int) -> Iterator[tuple[Batch, float, bool]]:
+    """Yield a batch in parts, with the share of each in the mean, and whether it is the last.
 
     Weights are made larger by as much as the share makes them smaller, so that what a part's loss
     has beside its samples counts once for the batch.
     """
     if count == 1 or len(batch) < 2:
-        yield batch, 1.0
+        yield batch, 1.0, True
         return
     size = math.ceil(len(batch) / count)
     for first in range(0, len(batch), size):
@@ -203,11 +193,19 @@ def _pieces(batch: Batch, count: int) -> Iterator[tuple[Batch, float]]:
         num = len(batch.y[rows])
         weight = None if batch.weight is None else batch.weight[rows] * (len(batch) / num)
         mask = None if batch.mask is None else batch.mask[rows]
-        yield Batch(batch.x[rows], batch.y[rows], weight, mask), num / len(batch)
+        piece = Batch(batch.x[rows], batch.y[rows], weight, mask)
+        yield piece, num / len(batch), first + size >= len(batch)
 
 
-class _AfterGradient:
-    """What a strategy does in a step once there are gradients, tensor by tensor."""
+class _Stepper:
+    """Takes the steps, tensor by tensor.
+
+    Where a strategy leaves loss and gradient as they are, a tensor takes its step as soon as its
+    gradient is there, which is then freed: never are two of them there at once. (Lv et al., "Full
+    Parameter Fine-tuning for Large Language Models with Limited Resources", 2023,
+    arXiv:2306.09782, there for SGD.) All optimizers here work element by element, so a step has
+    the same bits as one of the whole vector.
+    """
 
     def __init__(
         self,
@@ -232,40 +230,81 @@ class _AfterGradient:
         if pull is not None and not pull.is_explicit and not self._has_proximal:
             anchor, weight = memory[pull.anchor], pull.weight(memory, lr=spec.lr)
             self._implicit = list(zip(self._parts(anchor), self._parts(weight), strict=True))
+        needs_all = self._adjusts or self._has_proximal or self._keeps_account
+        # A loss of its own may look at parameters in ways that a tensor's early step would disturb.
+        self._at_once = not needs_all and not any(map(strategy.overrides, ("loss", "view")))
+        self._is_moving = False
+        self._moved: set[int] = set()
+        if self._at_once:
+            for index, leaf in enumerate(leaves.values()):
+                leaf.register_post_accumulate_grad_hook(self._mover(index))  # type: ignore[no-untyped-call]
 
-    def move(self, gradients: list[Tensor], memory: Memory) -> Memory:
-        """Take the step in place; return the memory after it. The rest never moves."""
+    @contextmanager
+    def moving(self, *, is_last: bool) -> Iterator[None]:
+        """Let a backward pass take the steps, if it is that of the last part of a batch."""
+        self._is_moving = self._at_once and is_last
+        yield
+        self._is_moving = False
+
+    def _mover(self, index: int) -> Callable[[Tensor], None]:
+        def move(leaf: Tensor) -> None:
+            if not self._is_moving:
+                return
+            gradient, leaf.grad = leaf.grad, None
+            with torch.no_grad():
+                self._move(index, leaf, self._pulled(index, leaf, gradient))
+
+        return move
+
+    def _pulled(self, index: int, leaf: Tensor, gradient: Tensor | None) -> Tensor:
+        """Return a gradient with FedProx's term; of what the loss does not see, that alone."""
+        if gradient is None:
+            gradient = torch.zeros_like(leaf)
+        if not self._mu:
+            return gradient
+        return gradient + self._mu * (leaf - self._reference[index])
+
+    def _move(self, index: int, leaf: Tensor, gradient: Tensor) -> None:
+        self._optimizers[index].step(gradient)
+        if self._implicit:
+            leaf.lerp_(*self._implicit[index])
+        self._moved.add(index)
+
+    def finish(self, memory: Memory) -> Memory:
+        """Take the steps that are left; return the memory after them. The rest never moves."""
         strategy, leaves = self._strategy, list(self._leaves.values())
         if self._adjusts:
-            changed = strategy.adjust(self._spread(gradients), self._current, memory)
-            gradients = self._parts(changed)
-        if self._mu:
-            gradients = [
-                g + self._mu * (leaf - start)
-                for g, leaf, start in zip(gradients, leaves, self._reference, strict=True)
-            ]
-        before = self._current.clone() if self._keeps_account else None
-        for optimizer, gradient in zip(self._optimizers, gradients, strict=True):
-            optimizer.step(gradient)
-        if self._implicit:
-            for leaf, (anchor, weight) in zip(leaves, self._implicit, strict=True):
-                leaf.lerp_(anchor, weight)
+            changed = self._parts(strategy.adjust(self._gradient(), self._current, memory))
+            for leaf, gradient in zip(leaves, changed, strict=True):
+                leaf.grad = gradient
+        left = [index for index in range(len(leaves)) if index not in self._moved]
+        self._moved.clear()
+        for index in left:
+            leaves[index].grad = self._pulled(index, leaves[index], leaves[index].grad)
+        before = gradients = None
+        if self._keeps_account:
+            before, gradients = self._current.clone(), self._gradient()
+        for index in left:
+            ready, leaves[index].grad = leaves[index].grad, None
+            assert ready is not None
+            self._move(index, leaves[index], ready)
         if self._has_proximal:
             moved = self._parts(strategy.proximal(self._current, memory, lr=self._lr))
             for leaf, value in zip(leaves, moved, strict=True):
                 leaf.copy_(value)
-        if before is None:
+        if before is None or gradients is None:
             return memory
-        return strategy.after_step(before, self._current.clone(), self._spread(gradients), memory)
+        return strategy.after_step(before, self._current.clone(), gradients, memory)
 
     def _parts(self, whole: Tensor) -> list[Tensor]:
         """Return views of what takes steps, of a vector [T] or [P]."""
         views = self._layout.views(whole)
         return [views[name] for name in self._leaves]
 
-    def _spread(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Return gradients as a vector [T], 0 where nothing takes a step."""
+    def _gradient(self) -> Tensor:
+        """Return the gradient as a vector [T], 0 where nothing takes a step."""
         whole = torch.zeros_like(self._current)
-        for part, gradient in zip(self._parts(whole), gradients, strict=True):
-            part.copy_(gradient)
+        for part, leaf in zip(self._parts(whole), self._leaves.values(), strict=True):
+            if leaf.grad is not None:
+                part.copy_(leaf.grad)
         return whole

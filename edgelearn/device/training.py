@@ -194,6 +194,7 @@ class Training:
                 step.memory = memory
             total += float(loss)
             count, passed = count + 1, passed + len(batch)
+            del inputs, logits, delta  # not to be there in the next step's forward pass
         return Trained(local, memory, total / count, count, passed)
 
 
