@@ -77,6 +77,11 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keys: dict[int, int] = {}  # by address; a key is never used again
         self._next = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here; to make sure of it torch would import its compiler, a second.
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

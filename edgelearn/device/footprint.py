@@ -27,6 +27,7 @@ the end of an experience (Fisher, choosing exemplars), which takes no steps.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -123,9 +124,8 @@ def needs(
         "overhead": overhead_bytes,
     }
     vector, own = 4 * layout.size, _own_bytes(learner.model)
-    step = {"weights": vector + own}
-    for name, num_bytes in count_steps(learner, samples, proximal_mu=proximal_mu).items():
-        step[name] = step.get(name, 0) + num_bytes
+    counted = count_steps(learner, samples, proximal_mu=proximal_mu)
+    step = Counter(always | {"weights": vector + own}) + Counter(counted)
     message = _message_bytes(learner) + (vector if learner.holds_parameters else 0)
     sending = {"weights": 2 * vector + own, "message": message}
     answering = {
@@ -133,7 +133,7 @@ def needs(
         "served": served.model_bytes,
         "overhead": overhead_bytes,
     }
-    return Needs(_ordered(step | always), _ordered(sending | always), _ordered(answering))
+    return Needs(_ordered(step), _ordered(sending | always), _ordered(answering))
 
 
 def count_steps(learner: Learner, samples: Samples, *, proximal_mu: float = 0.0) -> dict[str, int]:

@@ -253,6 +253,7 @@ class _Stepper:
             gradient, leaf.grad = leaf.grad, None
             with torch.no_grad():
                 self._move(index, leaf, self._pulled(index, leaf, gradient))
+            self._moved.add(index)
 
         return move
 
@@ -268,7 +269,6 @@ class _Stepper:
         self._optimizers[index].step(gradient)
         if self._implicit:
             leaf.lerp_(*self._implicit[index])
-        self._moved.add(index)
 
     def finish(self, memory: Memory) -> Memory:
         """Take the steps that are left; return the memory after them. The rest never moves."""

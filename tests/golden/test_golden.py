@@ -174,6 +174,11 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "wire-int4": {"wire": {"codec": "int4"}},
     "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
+    "last-layer": {"client": {"train": "last:1", "momentum": 0.9}},
+    "little-memory": {
+        "model": {"name": "cnn", "args": {"channels": [4, 8], "hidden": 16}},
+        "client": {"train": ["3", "7", "9"], "accumulate": 2, "checkpoint": True},
+    },
 }
 
 
