@@ -82,6 +82,11 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Nothing is compiled here; to make sure of it torch would import its compiler, a second.
         return False
 
+    @property
+    def alive(self) -> list[Storage]:
+        """What is there now, of what was made in the block."""
+        return list(self._alive.values())
+
     def __torch_dispatch__(
         self,
         func: Any,

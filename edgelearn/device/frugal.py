@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from edgelearn.continual.local import Trained
 from edgelearn.continual.memory import Memory
@@ -160,18 +161,19 @@ def train(
     leaves = {name: views[name].data.requires_grad_() for name in names}
     stepper = _Stepper(strategy, model, spec, memory, mu, params, current, leaves)
     total, count, passed = 0.0, 0, 0
-    for step in steps:
-        batch, memory = step.batch, step.memory
-        for piece, share, is_last in _pieces(batch, spec.accumulate):
-            loss = strategy.loss(seen, frugal.whole(current, leaves), piece, memory)
-            loss = loss if share == 1 else loss * share
-            with stepper.moving(is_last=is_last):
-                loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            del loss
-        with torch.no_grad():
-            step.memory = memory = stepper.finish(memory)
-        count, passed = count + 1, passed + len(batch)
+    with closing(stepper):
+        for step in steps:
+            batch, memory = step.batch, step.memory
+            for piece, share, is_last in _pieces(batch, spec.accumulate):
+                loss = strategy.loss(seen, frugal.whole(current, leaves), piece, memory)
+                loss = loss if share == 1 else loss * share
+                with stepper.moving(is_last=is_last):
+                    loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+                del loss
+            with torch.no_grad():
+                step.memory = memory = stepper.finish(memory)
+            count, passed = count + 1, passed + len(batch)
     kept = layout.views(local)
     for name, tensor in beside.items():
         kept[name].copy_(tensor)
@@ -235,9 +237,11 @@ class _Stepper:
         self._at_once = not needs_all and not any(map(strategy.overrides, ("loss", "view")))
         self._is_moving = False
         self._moved: set[int] = set()
+        self._hooks: list[RemovableHandle] = []
         if self._at_once:
             for index, leaf in enumerate(leaves.values()):
-                leaf.register_post_accumulate_grad_hook(self._mover(index))  # type: ignore[no-untyped-call]
+                hook = leaf.register_post_accumulate_grad_hook(self._mover(index))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
 
     @contextmanager
     def moving(self, *, is_last: bool) -> Iterator[None]:
@@ -245,6 +249,11 @@ class _Stepper:
         self._is_moving = self._at_once and is_last
         yield
         self._is_moving = False
+
+    def close(self) -> None:
+        """Let go of the tensors, so that they are freed at once and not some time."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _mover(self, index: int) -> Callable[[Tensor], None]:
         def move(leaf: Tensor) -> None:

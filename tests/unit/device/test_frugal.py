@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -207,6 +208,24 @@ def test_below_the_first_chosen_layer_nothing_is_differentiated() -> None:
         training.run(learner.model.initial(), Memory({}), toy_devices(1)[0].samples(0), seed=0)
     assert "aten.convolution.default" in seen
     assert not any("convolution_backward" in name or "threshold_back" in name for name in seen)
+
+
+@pytest.mark.parametrize("spec", [{}, {"checkpoint": True}, {"accumulate": 2}])
+def test_all_but_the_result_is_freed_at_once(spec: dict[str, Any]) -> None:
+    learner = learner_of(Naive(), train="last:1", optimizer="adam", **spec)
+    training = Training(learner.model, learner.strategy, learner.spec)
+    device, params = toy_devices(1)[0], learner.model.initial()
+    gc.collect()
+    gc.disable()
+    try:
+        with Count() as count:
+            trained = training.run(params, Memory({}), device.samples(0), seed=0)
+            assert {s.num_bytes for s in count.alive} == {4 * learner.model.layout.size}
+            assert len(count.alive) == 1
+            del trained
+            assert count.alive == []
+    finally:
+        gc.enable()
 
 
 # -- blocks computed again -------------------------------------------------------------------------
