@@ -19,7 +19,7 @@ from torch import nn
 
 from edgelearn.continual.strategy import Facts, make_strategy
 from edgelearn.device.allocated import allocated_peak
-from edgelearn.device.footprint import Round, count_steps, needs
+from edgelearn.device.footprint import Round, needs
 from edgelearn.device.learner import Learner
 from edgelearn.errors import ScenarioError
 from edgelearn.params import FlatModel
@@ -100,7 +100,7 @@ def row(
     round_ = Round.of(learner, samples)
     round_.run()  # the first time sets up what is kept for the process
     return {
-        "computed": sum(count_steps(learner, samples).values()),
+        "computed": sum(found.made.values()),
         "measured": allocated_peak(round_.run),
         "step": dict(found.step.parts),
         "sending": dict(found.sending.parts),

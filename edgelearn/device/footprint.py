@@ -50,7 +50,7 @@ COMPONENTS = (
     "weights", "gradients", "optimizer", "activations", "working", "kernels", "batch", "strategy",
     "buffer", "served", "message", "overhead",
 )  # fmt: skip
-_STEPS = 3  # in the first there are no moments yet
+_STEPS = 2  # in the first there are no moments yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,13 @@ class Needs:
         step: In a step of training.
         sending: Once the steps are taken and the update is made.
         answering: To answer with a batch of one, while it does not train.
+        made: Of a step, what it makes itself.
     """
 
     step: Footprint
     sending: Footprint
     answering: Footprint
+    made: Mapping[str, int]
 
     @property
     def training(self) -> Footprint:
@@ -133,7 +135,8 @@ def needs(
         "served": served.model_bytes,
         "overhead": overhead_bytes,
     }
-    return Needs(_ordered(step), _ordered(sending | always), _ordered(answering))
+    parts = _ordered(step), _ordered(sending | always), _ordered(answering)
+    return Needs(*parts, MappingProxyType(counted))
 
 
 def count_steps(learner: Learner, samples: Samples, *, proximal_mu: float = 0.0) -> dict[str, int]:
@@ -291,8 +294,8 @@ class _Data:
 def _own_bytes(model: FlatModel) -> int:
     """Return the bytes of a network's own tensors, and of those that it keeps beside."""
     tensors = (*model.module.parameters(), *model.module.buffers())
-    own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(own.values()) + 4 * (model.layout.size - model.layout.num_trained)
+    own = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    return own + 4 * (model.layout.size - model.layout.num_trained)
 
 
 def _message_bytes(learner: Learner) -> int:

@@ -81,20 +81,6 @@ class Frugal(FlatModel):
         self._current: Tensor | None = None
         self._whole: Tensor | None = None
         self._leaves: Mapping[str, Tensor] = {}
-        self._beside: Mapping[str, Tensor] = {}
-
-    def put_beside(self, params: Tensor) -> dict[str, Tensor]:
-        """Copy what no gradient changes out of parameters [P]; a forward pass writes into it.
-
-        Returns:
-            The copies by name, as the network sees them from now on.
-        """
-        layout = self.layout
-        last = len(layout.names) - layout.num_shared_tensors
-        views = layout.views(params)
-        beside = {n: views[n].clone() for n in layout.names[layout.num_trained_tensors : last]}
-        self._beside = beside
-        return beside
 
     def whole(self, current: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
         """Return parameters [T] that are a function of the leaves, for a loss to look at.
@@ -113,14 +99,11 @@ class Frugal(FlatModel):
     def forward(self, params: Tensor, x: Tensor) -> Tensor:
         """Evaluate the module; what is not chosen enters the graph without a history."""
         if params is self._whole and self._current is not None:
-            tensors = {**self._beside, **self.layout.views(self._current), **self._leaves}
+            tensors = {**self.layout.views(self._current), **self._leaves}
         else:  # former parameters, or some that were made from the current ones
             tensors = {
-                **self._beside,
-                **{
-                    name: view if name in self._names else view.detach()
-                    for name, view in self.layout.views(params).items()
-                },
+                name: view if name in self._names else view.detach()
+                for name, view in self.layout.views(params).items()
             }
         with self.bound(tensors), checkpointed(self._blocks, lambda: self.bound(tensors)):
             out: Tensor = self.module(x)
@@ -149,11 +132,11 @@ def train(
     layout = model.layout
     names = chosen(model, spec.train)
     local = params.clone()
+    beside = model.carry_copy(params)
     model.module.train()
     if spec.train != ALL:
         settle(model, names)
     frugal = Frugal(model, names, checkpoints=spec.checkpoint)
-    beside = frugal.put_beside(local)
     seen = strategy.view(frugal)
     current = local[: layout.num_trained]
     views = layout.views(current)
@@ -174,9 +157,7 @@ def train(
             with torch.no_grad():
                 step.memory = memory = stepper.finish(memory)
             count, passed = count + 1, passed + len(batch)
-    kept = layout.views(local)
-    for name, tensor in beside.items():
-        kept[name].copy_(tensor)
+    layout.write(local, beside)
     return Trained(local, memory, total / count, count, passed)
 
 

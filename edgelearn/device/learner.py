@@ -424,8 +424,7 @@ class Learner:
         device's own, not that of whichever device this process trained before.
         """
         layout = self.model.layout
-        if layout.size != layout.num_trained:
-            self.model.carry(params.clone())
+        self.model.carry_copy(params)
         self.model.module.eval()
         return params[: layout.num_trained]
 

@@ -138,10 +138,7 @@ class Training:
         after = _AfterGradient.of(strategy, spec, memory, mu, reference)
         has_own_gradient = strategy.overrides("gradient")
         local = params.clone()
-        # Apart from `local`, since a forward pass writes into it.
-        has_tail = model.layout.size != model.layout.num_trained
-        carried = params.clone() if has_tail else local
-        model.carry(carried)
+        beside = model.carry_copy(params)  # apart from `local`, since a forward pass writes into it
         model.module.train()
         seen = strategy.view(model)
         current = local[: model.layout.num_trained].requires_grad_()
@@ -162,8 +159,9 @@ class Training:
                 total += float(loss.detach())
                 count, passed = count + 1, passed + len(batch)
                 del gradients  # not to be there in the next step's forward pass
-        local[model.layout.num_trained :] = carried[model.layout.num_trained :]
-        return Trained(local.detach(), memory, total / count, count, passed)
+        local = local.detach()
+        model.layout.write(local, beside)
+        return Trained(local, memory, total / count, count, passed)
 
     @torch.no_grad()
     def _by_hand(
