@@ -135,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("scenario", nargs="?", help="measure with it (default: split-digits)")
     doctor.add_argument("--all", action="store_true", help="also tiers that take seconds to start")
 
+    fit = _command(commands, "fit-check", _fit_check, "say whether learning fits a device's memory")
+    fit.add_argument("scenario", help="name or TOML file")
+    fit.add_argument("--profile", metavar="NAME", help="name or TOML file (default: all built in)")
+    fit.add_argument("--overhead", metavar="MIB", type=float, default=0.0, help="what is not ours")
+    fit.add_argument("--format", choices=("table", "json"), default="table")
+    _replacing(fit)
+
     new = _command(commands, "new", _new, "write a commented plug-in to start from")
     new.add_argument("kind", choices=("strategy",))
     new.add_argument("name", help="name of the class, such as my-strategy")
@@ -165,15 +172,7 @@ def _command(
 
 
 def _scenario_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
-    parser.add_argument(
-        "--set",
-        metavar="TABLE.KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="replace a value of the scenario (repeatable)",
-    )
+    _replacing(parser)
     parser.add_argument("--workers", metavar="N", type=int, help="processes; no effect on results")
     parser.add_argument(
         "--engine",
@@ -186,6 +185,18 @@ def _scenario_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         default="auto",
         help="auto, faithful (a message for each device) or fused (one for the cohort's mean)",
+    )
+
+
+def _replacing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
+    parser.add_argument(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="replace a value of the scenario (repeatable)",
     )
 
 
@@ -437,6 +448,23 @@ def _doctor(options: argparse.Namespace) -> int:
         tiers.add_row(tier.name, rate, escape(note))
     console.print(tiers)
     return DONE
+
+
+def _fit_check(options: argparse.Namespace) -> int:
+    from edgelearn.fit_check import fit_check
+
+    if not 0 <= options.overhead < float("inf"):
+        print(
+            f"edgelearn fit-check: got --overhead {options.overhead}; at least 0", file=sys.stderr
+        )
+        return WRONG_USAGE
+    is_fit = fit_check(
+        _load(options),
+        options.profile,
+        overhead_mib=options.overhead,
+        as_json=options.format == "json",
+    )
+    return DONE if is_fit else FAILED
 
 
 # -- scenarios -------------------------------------------------------------------------------------

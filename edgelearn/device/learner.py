@@ -22,6 +22,7 @@ from edgelearn.continual.memory import (
     passing,
 )
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
+from edgelearn.device import frugal
 from edgelearn.device.drift import Detector, make_detector
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
@@ -126,6 +127,10 @@ class Learner:
             what = f"{self.spec.strategy!r} trains by itself"
             fault = Fault("client", "steps", f"{what} and counts its own steps; leave it at 0")
             raise ScenarioError("client", [fault])
+        if self.spec.saves_memory and (
+            found := list(frugal.faults(self.model, self.strategy, self.spec))
+        ):
+            raise ScenarioError("client", found)
         shared = self.strategy.shares(self.model, self.facts)
         if shared:
             shapes = {name: spec.shape for name, spec in shared.items()}
@@ -146,6 +151,11 @@ class Learner:
     def memory_bytes(self) -> int:
         """Bytes that a real device needs for what the strategy remembers."""
         return sum(s.device_bytes(self.facts.sample_bytes) for s in self.declaration.values())
+
+    @property
+    def holds_parameters(self) -> bool:
+        """Whether anybody may still have the local parameters once an update is made of them."""
+        return self.detector is not None or any(map(self.strategy.overrides, ("fit", "leave")))
 
     def fit(
         self,
@@ -204,7 +214,7 @@ class Learner:
                 num_devices=self.facts.num_devices,
             )
             local, memory = self.strategy.leave(passage, memory)
-        delta = local - params
+        delta = self._delta(local, params)
         if not math.isfinite(loss) or not _is_finite(delta):
             refuse_divergence(data.device, server_round, loss)
         if self.detector is not None:
@@ -222,6 +232,10 @@ class Learner:
         if self.strategy.overrides("upload"):
             update = self._plain(self.strategy.upload(update, samples, memory))
         return Fit(new, update, trained.num_samples)
+
+    def _delta(self, local: Tensor, params: Tensor) -> Tensor:
+        """Return local - global [P], in place of `local` where nobody else has a hold of it."""
+        return local - params if self.holds_parameters else local.sub_(params)
 
     def encode(self, fit: Fit, *, server_round: int, device: int) -> Fit:
         """Return what is sent in place of an update that the guard has admitted.
@@ -412,8 +426,7 @@ class Learner:
         device's own, not that of whichever device this process trained before.
         """
         layout = self.model.layout
-        if layout.size != layout.num_trained:
-            self.model.carry(params.clone())
+        self.model.carry_copy(params)
         self.model.module.eval()
         return params[: layout.num_trained]
 

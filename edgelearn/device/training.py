@@ -23,7 +23,7 @@ from edgelearn.continual.memory import Memory
 from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.errors import StrategyError
 from edgelearn.params import FlatModel
-from edgelearn.scenario.samples import Batch, Samples
+from edgelearn.scenario.samples import Batch, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.seeds import derive, permutation, split
 from edgelearn.stack import LinearStack, Stack, cross_entropy, stack_of
@@ -70,6 +70,8 @@ class Training:
                 LocalTask(self.model, params, memory, samples, self.spec, seed, proximal_mu)
             )
         steps = self.steps(samples, memory, seed)
+        if self.spec.saves_memory:
+            return self._in_less_memory(params, memory, steps, seed, proximal_mu)
         stack = self._written_out(samples)
         if stack is None:
             return self._by_autograd(params, memory, steps, seed, proximal_mu)
@@ -86,6 +88,14 @@ class Training:
                 f"{tuple(task.params.shape)}"
             )
         return trained
+
+    def _in_less_memory(
+        self, params: Tensor, memory: Memory, steps: Iterator[Step], seed: int, mu: float
+    ) -> Trained:
+        from edgelearn.device import frugal  # it builds upon this module
+
+        with _layers_seeded(derive(seed, "layers")), _counters_restored(self.model.module):
+            return frugal.train(self, params, memory, steps, mu)
 
     def _written_out(self, samples: Samples) -> Stack | None:
         is_own = any(map(self.strategy.overrides, ("view", "gradient", "loss")))
@@ -115,7 +125,9 @@ class Training:
         spec = self.spec
         epochs = itertools.count() if spec.steps else range(spec.epochs)
         orders = (permutation(split(seed, epoch), len(samples)) for epoch in epochs)
-        batches = (_batches(samples, torch.from_numpy(o), spec.batch_size) for o in orders)
+        size = spec.batch_size
+        ahead = size if spec.saves_memory else decoded_at_once(samples.store, size)
+        batches = (_batches(samples, torch.from_numpy(o), size, ahead) for o in orders)
         return itertools.islice(itertools.chain.from_iterable(batches), spec.steps or None)
 
     def _by_autograd(
@@ -125,8 +137,8 @@ class Training:
         reference = params[: model.layout.num_trained]
         after = _AfterGradient.of(strategy, spec, memory, mu, reference)
         has_own_gradient = strategy.overrides("gradient")
-        local, carried = params.clone(), params.clone()
-        model.carry(carried)  # apart from `local`, since a forward pass writes into it
+        local = params.clone()
+        beside = model.carry_copy(params)  # apart from `local`, since a forward pass writes into it
         model.module.train()
         seen = strategy.view(model)
         current = local[: model.layout.num_trained].requires_grad_()
@@ -146,8 +158,10 @@ class Training:
                 step.memory = memory
                 total += float(loss.detach())
                 count, passed = count + 1, passed + len(batch)
-        local[model.layout.num_trained :] = carried[model.layout.num_trained :]
-        return Trained(local.detach(), memory, total / count, count, passed)
+                del gradients  # not to be there in the next step's forward pass
+        local = local.detach()
+        model.layout.write(local, beside)
+        return Trained(local, memory, total / count, count, passed)
 
     @torch.no_grad()
     def _by_hand(
@@ -178,6 +192,7 @@ class Training:
                 step.memory = memory
             total += float(loss)
             count, passed = count + 1, passed + len(batch)
+            del inputs, logits, delta  # not to be there in the next step's forward pass
         return Trained(local, memory, total / count, count, passed)
 
 
@@ -264,11 +279,14 @@ class Step:
         self.memory = memory
 
 
-def _batches(samples: Samples, order: Tensor, size: int) -> Iterator[Batch]:
+def decoded_at_once(store: SampleStore, size: int) -> int:
+    """Return how many samples are decoded at once where batches have `size` samples."""
+    return max(1, _GATHERED // (max(1, math.prod(store.sample_shape)) * size)) * size
+
+
+def _batches(samples: Samples, order: Tensor, size: int, ahead: int) -> Iterator[Batch]:
     """Yield batches in order; many are decoded at once, since each decoding has fixed costs."""
-    numbers = max(1, math.prod(samples.store.sample_shape))
-    run = max(1, _GATHERED // (numbers * size)) * size
-    for positions in torch.split(order, run):
+    for positions in torch.split(order, ahead):
         yield from samples.batch(positions).split(size)
 
 
@@ -310,6 +328,7 @@ class _Torch:
     def step(self, gradients: Tensor) -> None:
         self._params.grad = gradients
         self._optimizer.step()
+        self._params.grad = None
 
 
 def make_optimizer(spec: ClientSpec, params: Tensor) -> Optimizer:

@@ -62,7 +62,7 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return "the network has convolutions, which are slower in a stack"
     if learner.detector is not None:
         return together.DETECTS
-    if (reason := together.feeds_back(learner)) is not None:
+    if (reason := together.feeds_back(learner) or together.saves_memory(learner)) is not None:
         return reason
     obstacle = _not_written_out(world, learner)
     if obstacle is None or not tries_hooks:

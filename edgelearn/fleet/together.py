@@ -18,6 +18,7 @@ from edgelearn.device.learner import Learner, refuse_divergence
 from edgelearn.errors import DivergenceError
 from edgelearn.federated import egress
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Phase
+from edgelearn.scenario.spec import ALL
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split_all
 
@@ -51,6 +52,8 @@ def not_declared(learner: Learner) -> str | None:
     strategy = learner.strategy
     if (reason := feeds_back(learner)) is not None:
         return reason
+    if (reason := saves_memory(learner)) is not None:
+        return reason
     if learner.detector is not None:
         return DETECTS
     if not strategy.is_declared or strategy.overrides("upload"):
@@ -74,6 +77,16 @@ def feeds_back(learner: Learner) -> str | None:
     if learner.codec is None or not learner.codec.keeps_residual:
         return None
     return f"{type(learner.codec).__name__} keeps what it did not send (error feedback)"
+
+
+def saves_memory(learner: Learner) -> str | None:
+    """Return why devices have to take their steps one by one; None if they don't."""
+    spec = learner.spec
+    if spec.train != ALL:
+        return "devices train only a part of the network"
+    if spec.accumulate > 1:
+        return f"a batch passes in {spec.accumulate} parts"
+    return "activations are computed again in the backward pass" if spec.checkpoint else None
 
 
 def open_memories(world: World, learner: Learner, store_path: Path) -> RecordFile:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from edgelearn.errors import Fault, nearest
 from edgelearn.scenario.kinds import DEFAULT_KIND
-from edgelearn.scenario.spec import EvaluateSpec, FleetSpec, LabelSpec, StreamSpec
+from edgelearn.scenario.spec import (
+    ALL,
+    ClientSpec,
+    EvaluateSpec,
+    FleetSpec,
+    LabelSpec,
+    StreamSpec,
+)
 
+_PARTS = (ALL, "bias", "norm")
 _OF_DOMAINS = {"num_domains": 0, "drift": "sudden"}
 
 
@@ -23,6 +32,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     stream = _complete(StreamSpec, values.get("stream", {}))
     asked = _complete(EvaluateSpec, values.get("evaluate", {}))["num_devices"]
     yield from _fleet_faults(fleet, asked, stream["num_experiences"])
+    yield from _client_faults(_complete(ClientSpec, values.get("client", {})))
     if None not in stream.values():
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
@@ -87,6 +97,20 @@ def _kind_faults(fleet: Mapping[str, Any], kinds: Iterable[str]) -> Iterator[Fau
         if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
             message = f"got {part!r}; a number above 0 and at most 1 is expected"
             yield Fault("fleet.width", name, message)
+
+
+def _client_faults(client: Mapping[str, Any]) -> Iterator[Fault]:
+    train, parts, size = client["train"], client["accumulate"], client["batch_size"]
+    if isinstance(train, str) and train not in _PARTS and not re.fullmatch(r"last:[1-9]\d*", train):
+        close = nearest(train, (*_PARTS, "last:1"))
+        allowed = ", ".join(_PARTS) + ", last:N with N from 1, or a list of names"
+        yield Fault("client", "train", f"got {train!r}{close}; allowed: {allowed}")
+    elif train == ():
+        message = "got an empty list; name at least one layer or tensor"
+        yield Fault("client", "train", message)
+    if parts is not None and size is not None and parts > size:
+        message = f"got {parts}; a batch of {size} has at most so many parts (batch_size)"
+        yield Fault("client", "accumulate", message)
 
 
 def _domain_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:

@@ -11,7 +11,7 @@ import tomllib
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import Any
 
 from edgelearn import plugins
@@ -149,6 +149,13 @@ def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: 
     def fault(message: str) -> Any:
         faults.append(Fault(table, key, message))
 
+    if typing.get_origin(expected) is UnionType:  # str | tuple[str, ...]
+        if isinstance(value, list | tuple):
+            odd_items = [item for item in value if not isinstance(item, str)]
+            if odd_items:
+                return fault(f"got {odd_items[0]!r} in a list of texts ({rule.help})")
+            return tuple(value)
+        expected = str
     if typing.get_origin(expected) is not None:  # Mapping[str, ...]
         if not isinstance(value, Mapping):
             return fault(f"expected a table, got {value!r} ({rule.help})")

@@ -35,6 +35,9 @@ REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
 FEDERATIONS = ("auto", "faithful", "fused")
+ALL = "all"
+# Keys of `[client]` that a digest has only where they are not as they were before they existed.
+_LATER = {"train": ALL, "accumulate": 1, "checkpoint": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,16 @@ class ClientSpec:
     lr: float = _rule("local learning rate", above=0.0)
     momentum: float = _rule("momentum of sgd", 0.0, minimum=0.0, maximum=1.0)
     weight_decay: float = _rule("L2 penalty", 0.0, minimum=0.0)
+    train: str | tuple[str, ...] = _rule(
+        'parameters that take steps: "all", "last:N", "bias", "norm" or a list of names', ALL
+    )
+    accumulate: int = _rule("parts of a batch that pass one after the other", 1, minimum=1)
+    checkpoint: bool = _rule("compute activations again instead of keeping them?", default=False)
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether a step is taken in less memory than it would by itself."""
+        return self.train != ALL or self.accumulate > 1 or self.checkpoint
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -287,6 +300,9 @@ class Scenario:
             del values["data"][key]
         if self.compress == CompressSpec():  # as before there was such a table
             del values["compress"]
+        for key, default in _LATER.items():
+            if values["client"][key] == default:
+                del values["client"][key]
         text = json.dumps(_portable(values), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

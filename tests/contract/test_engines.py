@@ -22,6 +22,7 @@ from edgelearn.continual.memory import Memory
 from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
 from edgelearn.device.learner import make_learner
 from edgelearn.device.vmapped import train_vmapped
+from edgelearn.errors import RunError
 from edgelearn.fleet import batched, native, ray, together
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Engine, Job, Phase
@@ -414,6 +415,28 @@ def test_a_number_of_steps_is_left_to_the_tiers_that_count_them() -> None:
     assert batched.why_not(world, learner) == together.not_declared(learner)
     if HAS_KERNELS:
         assert native.why_not(world, learner) == together.not_declared(learner)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train": "last:1"}, "devices train only a part of the network"),
+        ({"accumulate": 2}, "a batch passes in 2 parts"),
+        ({"checkpoint": True}, "activations are computed again in the backward pass"),
+    ],
+)
+def test_less_memory_is_left_to_the_tiers_that_take_steps_device_by_device(
+    changes: dict[str, Any], reason: str
+) -> None:
+    world = world_of("mlp")
+    client = dataclasses.replace(world.scenario.client, **changes)
+    world = dataclasses.replace(world, scenario=dataclasses.replace(world.scenario, client=client))
+    learner = make_learner(world)
+    assert batched.why_not(world, learner, tries_hooks=True) == reason
+    assert native.why_not(world, learner) == (reason if HAS_KERNELS else native.MISSING)
+    assert make_plan(world, learner).tier in ("reference", "pool")
+    with pytest.raises(RunError, match=reason):
+        make_plan(world, learner, engine="batched")
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "server": {"strategy": "HeteroFL"},
         "client": {"args": {"capacity": 20}},
     },
+    "last-layer": {"client": {"train": "last:1", "momentum": 0.9}},
+    "little-memory": {
+        "model": {"name": "cnn", "args": {"channels": [4, 8], "hidden": 16}},
+        "client": {"train": ["3", "7", "9"], "accumulate": 2, "checkpoint": True},
+    },
 }
 
 

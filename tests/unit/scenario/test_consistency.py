@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from edgelearn.errors import ScenarioError
-from edgelearn.scenario.load import from_dict, to_toml
+from edgelearn.scenario.load import from_dict, load, to_toml
 
 DOMAINS = {"stream.kind": "domain-incremental"}
 
@@ -15,6 +15,12 @@ DOMAINS = {"stream.kind": "domain-incremental"}
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
+        ({"client.train": "last:0"}, "train: got 'last:0'.*; allowed: all, bias, norm, last:N"),
+        ({"client.train": "biases"}, "did you mean 'bias'"),
+        ({"client.train": []}, "train: got an empty list"),
+        ({"client.train": ["0", 1]}, "train: got 1 in a list of texts"),
+        ({"client.train": 1}, "train: expected a text, got 1"),
+        ({"client.accumulate": 11}, "accumulate: got 11; a batch of 10 has at most"),
         ({"stream.num_domains": 2}, "num_domains: got 2; only a domain-incremental"),
         ({"stream.drift": "gradual"}, "drift: got 'gradual'; only a domain-incremental"),
         ({**DOMAINS, "stream.num_domains": 6}, "num_domains: got 6; at most 5"),
@@ -83,3 +89,20 @@ def test_all_faults_are_reported_at_once(raw):
 def test_what_is_just_allowed(raw, overrides):
     scenario = from_dict(raw, overrides=overrides)
     assert from_dict(tomllib.loads(to_toml(scenario))) == scenario
+
+
+def test_a_list_of_layers_travels_through_toml(raw, tmp_path):
+    scenario = from_dict(raw, overrides={"client.train": ["1.bias", "3"], "client.accumulate": 2})
+    assert scenario.client.train == ("1.bias", "3")
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(scenario))
+    assert load(path) == scenario
+
+
+def test_options_that_save_memory_are_in_the_digest_only_where_they_are_set(raw):
+    """So that runs from before they existed can be gone on with."""
+    plain = from_dict(raw)
+    defaults = {"client.train": "all", "client.accumulate": 1, "client.checkpoint": False}
+    assert from_dict(raw, overrides=defaults).digest == plain.digest
+    for key, value in (("train", "bias"), ("accumulate", 2), ("checkpoint", True)):
+        assert from_dict(raw, overrides={f"client.{key}": value}).digest != plain.digest
