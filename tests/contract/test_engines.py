@@ -157,6 +157,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ewc": {"strategy": "ewc", "args": {"strength": 30.0}},
     "ewc-separate": {"strategy": "ewc", "args": {"strength": 5.0, "mode": "separate"}},
     "ewc-explicit": {"strategy": "ewc", "args": {"strength": 1.0, "step": "explicit"}},
+    "si": {"strategy": "si", "args": {"c": 30.0, "xi": 0.01}},
+    "si-explicit": {"strategy": "si", "args": {"c": 0.5, "xi": 0.01, "step": "explicit"}},
     **{kind: {"strategy": f"{HOOKS}:{kind}"} for kind in ("Functional", "Noisy", "Looks", "Fails")},
 }
 BUILT_IN = [name for name in STRATEGIES if name[0].islower()]
@@ -299,9 +301,14 @@ def test_a_tier_equals_the_reference(
     found = life(world, tmp_path / tier, TIERS[tier], mu=mu)
     for one, other in zip(found, expected, strict=True):
         assert_alike(one, other)
-    assert (tmp_path / tier / "devices.bin").read_bytes() == (
-        tmp_path / "reference" / "devices.bin"
-    ).read_bytes()
+    memories = [Fleet.memories(world, tmp_path / name) for name in (tier, "reference")]
+    for one, other in zip(*memories, strict=True):
+        for name in one:
+            if strategy.startswith("si"):  # what each engine added up along its own steps
+                error = (one[name] - other[name]).norm()
+                assert error <= 1e-4 * other[name].norm(), name
+            else:
+                assert torch.equal(one[name], other[name]), name
 
 
 STACKED_BY_AUTOGRAD = [
