@@ -9,7 +9,7 @@ from typing import Any
 import demo
 from harness import results
 from harness.paths import PAGE, RESULTS
-from parts import comparison, continual, device, evaluation, ewc, memory, scaling, targets
+from parts import comparison, continual, device, evaluation, ewc, memory, scaling, steps, targets
 
 INTRO = """# Benchmarks
 
@@ -35,6 +35,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("memory", "Memory of a big fleet", memory.section),
     ("evaluation", "What evaluation costs", evaluation.section),
     ("ewc", "What EWC costs", ewc.section),
+    ("steps", "What regularization adds to a step", steps.section),
     ("continual", "Continual learning beside Avalanche", continual.section),
     ("device", "One device beside Avalanche", device.section),
     ("scaling", "How it scales", scaling.section),
