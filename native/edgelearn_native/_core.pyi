@@ -121,9 +121,9 @@ class Plan:
             anchor: Addresses of float32 vectors [T] to pull to [K].
             curvature_size: T; elements from there on are not pulled.
             strength: Of the pull.
-            charge: Path integrals [K, T]: each step adds -g (theta' - theta) to a device's row, theta
-                before and theta' after it (the pull included), g the gradient with FedProx's term
-                and without weight decay. Elements that belong to no tensor stay.
+            charge: Path integrals [K, T]: a step from theta to theta' (the pull included) adds
+                -g (theta' - theta) to a device's row, g the gradient with FedProx's term and
+                without weight decay. Elements that belong to no tensor stay.
             replay_ids: Stored samples of all devices, as `ids`. A step draws one number q below
                 2**62 from torch's CPU generator and appends permutation(q, held)[:count].
             replay_starts: [K + 1].
