@@ -8,6 +8,7 @@ evaluation, a device that has to catch up) is done as the reference tier does it
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -38,7 +39,7 @@ def is_installed() -> bool:
 def _version() -> tuple[int, ...]:
     import edgelearn_native
 
-    return tuple(int(part) for part in edgelearn_native.__version__.split(".")[:3])
+    return tuple(int(part) for part in re.findall(r"\d+", edgelearn_native.__version__)[:3])
 
 
 def why_not(world: World, learner: Learner) -> str | None:

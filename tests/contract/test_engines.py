@@ -412,6 +412,20 @@ def test_a_tier_that_does_not_cover_a_scenario_says_why() -> None:
         assert compiled == native.MISSING
 
 
+@pytest.mark.skipif(not HAS_KERNELS, reason="edgelearn-native is not installed")
+def test_kernels_that_keep_no_path_integral_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgelearn_native
+
+    world = world_of("mlp", "si")
+    monkeypatch.setattr(edgelearn_native, "__version__", "0.1.0")
+    reason = native.why_not(world, make_learner(world))
+    assert reason == "edgelearn-native is too old to keep a path integral; from 0.1.1 on it does"
+    monkeypatch.setattr(edgelearn_native, "__version__", "0.2.0rc1")
+    assert native.why_not(world, make_learner(world)) is None
+    explicit = world_of("mlp", "si-explicit")
+    assert native.why_not(explicit, make_learner(explicit)) == "SI takes its penalty as a gradient"
+
+
 def test_a_number_of_steps_is_left_to_the_tiers_that_count_them() -> None:
     world = world_of("mlp")
     learner = make_learner(world)
