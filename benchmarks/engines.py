@@ -18,13 +18,25 @@ from typing import Any
 import render
 from harness.paths import PAGE, QUICK_RESULTS
 from harness.results import Options, say
-from parts import codecs, comparison, continual, device, evaluation, ewc, memory, pipelines, scaling
+from parts import (
+    codecs,
+    comparison,
+    continual,
+    device,
+    evaluation,
+    ewc,
+    memory,
+    pipelines,
+    scaling,
+    steps,
+)
 
 PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     **{w: partial(comparison.measure, w) for w in comparison.WORKLOADS_OF_PART},
     "memory": memory.measure,
     "evaluation": evaluation.measure,
     "ewc": ewc.measure,
+    "steps": steps.measure,
     "continual": continual.measure,
     "device": device.measure,
     "scaling": scaling.measure,

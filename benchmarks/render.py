@@ -22,6 +22,7 @@ from parts import (
     quantization,
     runtimes,
     scaling,
+    steps,
     targets,
 )
 
@@ -49,6 +50,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("memory", "Memory of a big fleet", memory.section),
     ("evaluation", "What evaluation costs", evaluation.section),
     ("ewc", "What EWC costs", ewc.section),
+    ("steps", "What regularization adds to a step", steps.section),
     ("continual", "Continual learning beside Avalanche", continual.section),
     ("device", "One device beside Avalanche", device.section),
     (runtimes.PART, runtimes.TITLE, runtimes.section),

@@ -279,7 +279,7 @@ replayed samples costs 0.1 ms, so seven to thirteen is the most that training al
 consolidation (a Fisher of 240 samples per device; writing what is remembered) is half of what is
 left. With as many replayed samples in an epoch's last batch as in any other, which is what
 Avalanche does, accuracies agree. *One device*: what EWC adds there holds the Fisher of each
-experience; SI sees each step's gradient, which a plain step never writes out, and keeps two sums of
+experience; SI sees each step's gradient, which a plain step never writes out, and keeps a sum of
 the network's size."""
 
 

@@ -2,8 +2,8 @@
 
 Every hook is a pure function of tensors: it returns new values and changes none that it was given.
 So the same class trains one real device and a stacked cohort of simulated ones. Where it can, a
-strategy *declares* what it does (`rehearsal`, `pull`) instead of computing it: then every engine,
-compiled ones included, can run it. A device calls
+strategy *declares* what it does (`rehearsal`, `pull`, `path`) instead of computing it: then every
+engine, compiled ones included, can run it. A device calls
 
 1. `start` when an experience begins,
 2. `enter` in each round, with the global parameters, and asks `is_frozen`: then 3 is left out,
@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from edgelearn import plugins
 from edgelearn.continual.local import LocalTask, Passage, Trained
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
+from edgelearn.continual.path import PathIntegral
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Samples
@@ -88,7 +89,8 @@ class Pull:
 
     Implicit, it is taken after the optimizer's step: argmin_z h(z) + |z - theta|^2 / (2 lr), which
     is theta + w (anchor - theta) with w = s F / (1 + s F), s = lr * strength. That can't diverge.
-    Explicit, its gradient joins that of the loss, and diverges once s F > 2.
+    Explicit, its gradient joins that of the loss, and diverges once s F > 2. Curvature and anchor
+    are those of the round's beginning, for all of its steps.
 
     Attributes:
         curvature: Name of F in memory [T], float32, not negative.
@@ -195,6 +197,10 @@ class ClientStrategy:
         """Declare a quadratic penalty; what it returns must not change."""
         return None
 
+    def path(self) -> PathIntegral | None:
+        """Declare a path integral, to be kept by whoever takes the steps; it must not change."""
+        return None
+
     def proximity(self) -> float:
         """Declare mu of FedProx's term (mu / 2) |theta - global|^2; it must not change."""
         return 0.0
@@ -281,14 +287,18 @@ class ClientStrategy:
         return params.lerp(memory[pull.anchor], pull.weight(memory, lr=lr))
 
     def after_step(
-        self,
-        before: Tensor,  # noqa: ARG002
-        after: Tensor,  # noqa: ARG002
-        gradients: Tensor,  # noqa: ARG002
-        memory: Memory,
+        self, before: Tensor, after: Tensor, gradients: Tensor, memory: Memory
     ) -> Memory:
-        """Keep account of a step, as path integrals do; all vectors are [T]."""
-        return memory
+        """Keep account of a step; all vectors are [T], and the gradient is what `adjust` returned.
+
+        By default the step is added to the `path` that is declared.
+        """
+        path, pull = self.path(), self.pull()
+        if path is None:
+            return memory
+        if pull is not None and pull.is_explicit:
+            gradients = gradients - pull.gradient(before, memory)
+        return path.along(before, after, gradients, memory)
 
     def leave(self, passage: Passage, memory: Memory) -> tuple[Tensor, Memory]:
         """End a round: return the local parameters [P] to be sent, and the memory.
@@ -345,7 +355,7 @@ class ClientStrategy:
 
     @property
     def is_declared(self) -> bool:
-        """Whether a round is plain but for what `rehearsal`, `pull` and `proximity` declare."""
+        """Whether a round is plain but for `rehearsal`, `pull`, `path` and `proximity`."""
         return not any(map(self.overrides, (*ROUND_HOOKS, *STEP_HOOKS)))
 
     def overrides(self, hook: str) -> bool:

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec, kept
 from edgelearn.errors import StateError
@@ -108,6 +110,32 @@ class RecordFile:
             raw = memory[name].detach().contiguous().view(-1).view(torch.uint8)
             record[offset : offset + spec.stored_bytes] = raw.numpy()
         return self.checksum(device, slot)
+
+    def rewrite(
+        self, device: int, read_slot: int, write_slot: int, tensors: Mapping[str, Tensor]
+    ) -> int:
+        """Write a memory that differs in some tensors from the one in another slot.
+
+        Args:
+            device: Whose it is.
+            read_slot: Where the rest is; UNWRITTEN for the initial memory.
+            write_slot: Where it goes; may be the same.
+            tensors: What is new, by name.
+
+        Returns:
+            The record's checksum.
+        """
+        record = self._record(device, write_slot)
+        if read_slot == UNWRITTEN:
+            initial = {name: s.initial() for name, s in self._layout.declaration.items()}
+            return self.write(device, write_slot, Memory({**initial, **tensors}))
+        if read_slot != write_slot:
+            record[:] = self._record(device, read_slot)
+        for name, value in tensors.items():
+            spec, offset = self._place(name)
+            raw = value.detach().contiguous().view(-1).view(torch.uint8)
+            record[offset : offset + spec.stored_bytes] = raw.numpy()
+        return self.checksum(device, write_slot)
 
     def get(self, device: int, slot: int) -> bytes:
         """Return a record as it lies in the file."""

@@ -27,7 +27,8 @@ from edgelearn.continual.memory import Memory
 from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.device.blocks import blocks_of, checkpointed
 from edgelearn.device.chosen import chosen, mixes_samples, settle
-from edgelearn.device.training import Optimizer, Step, Training, make_optimizer
+from edgelearn.device.optimizer import Optimizer, make_optimizer
+from edgelearn.device.training import Step, Training
 from edgelearn.errors import Fault
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch
@@ -208,7 +209,7 @@ class _Stepper:
         pull = strategy.pull()
         self._adjusts = strategy.overrides("adjust") or (pull is not None and pull.is_explicit)
         self._has_proximal = strategy.overrides("proximal")
-        self._keeps_account = strategy.overrides("after_step")
+        self._keeps_account = strategy.overrides("after_step") or strategy.path() is not None
         self._implicit: list[tuple[Tensor, Tensor]] = []
         if pull is not None and not pull.is_explicit and not self._has_proximal:
             anchor, weight = memory[pull.anchor], pull.weight(memory, lr=spec.lr)

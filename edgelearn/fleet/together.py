@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,13 @@ Run = Callable[[Sequence[Job], Tensor, Tensor], list[Done]]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Plain training of a cohort [K]."""
+    """Plain training of a cohort [K]; `kept` has what is new in memories, by name [K, ...]."""
 
     loss: NDArray[np.float64]
     num_steps: Integers
     num_samples: Integers
     norms: NDArray[np.float64]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, size: int) -> Trained:
@@ -106,6 +107,7 @@ def fit(
     updates: Tensor,
     world: World,
     learner: Learner,
+    memories: RecordFile,
     train: Train,
     rest: Run,
 ) -> CohortDone:
@@ -117,6 +119,7 @@ def fit(
         updates: Where the updates go [K, P].
         world: The scenario's world.
         learner: The scenario's learner.
+        memories: What the devices remember.
         train: Trains devices that have nothing to do but to train, in one go.
         rest: Does the jobs of devices that have to catch up first.
     """
@@ -151,11 +154,25 @@ def fit(
         for name in ("loss", "num_steps", "num_samples", "norms"):
             getattr(done, name)[kept] = getattr(found, name)[well]
         done.progress[kept, 0] = cohort.position + 1
+        for index in np.flatnonzero(well & (found.num_steps > 0)).tolist() if found.kept else ():
+            row = int(rows[index])
+            done.checksums[row] = memories.rewrite(
+                int(cohort.devices[row]),
+                int(cohort.read_slots[row]),
+                int(cohort.write_slots[row]),
+                {name: tensor[index] for name, tensor in found.kept.items()},
+            )
     if behind.any():
         late = np.flatnonzero(behind)
         for result in rest(cohort.jobs(late.tolist(), sizes), params, updates):
             done.take(result)
     return done
+
+
+def moved(memories: RecordFile, name: str, cohort: CohortFit, updates: Tensor) -> Tensor:
+    """Return how far devices have moved [K, T]: so far, by the memory's tensor, and with this."""
+    so_far = memories.gather(name, cohort.devices, cohort.read_slots, fill=0)
+    return torch.from_numpy(so_far).add_(updates[:, : so_far.shape[1]])
 
 
 def run(
