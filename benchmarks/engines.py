@@ -18,16 +18,30 @@ from typing import Any
 import render
 from harness.paths import PAGE, QUICK_RESULTS
 from harness.results import Options, say
-from parts import comparison, continual, device, evaluation, ewc, memory, scaling
+from parts import (
+    codecs,
+    comparison,
+    continual,
+    device,
+    evaluation,
+    ewc,
+    memory,
+    pipelines,
+    scaling,
+    steps,
+)
 
 PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     **{w: partial(comparison.measure, w) for w in comparison.WORKLOADS_OF_PART},
     "memory": memory.measure,
     "evaluation": evaluation.measure,
     "ewc": ewc.measure,
+    "steps": steps.measure,
     "continual": continual.measure,
     "device": device.measure,
     "scaling": scaling.measure,
+    "codecs": codecs.measure,
+    pipelines.PART: pipelines.measure,
 }
 
 

@@ -9,7 +9,22 @@ from typing import Any
 import demo
 from harness import results
 from harness.paths import PAGE, RESULTS
-from parts import comparison, continual, device, evaluation, ewc, memory, scaling, targets
+from parts import (
+    codecs,
+    comparison,
+    continual,
+    device,
+    evaluation,
+    ewc,
+    int8_training,
+    memory,
+    pipelines,
+    quantization,
+    runtimes,
+    scaling,
+    steps,
+    targets,
+)
 
 INTRO = """# Benchmarks
 
@@ -35,10 +50,23 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("memory", "Memory of a big fleet", memory.section),
     ("evaluation", "What evaluation costs", evaluation.section),
     ("ewc", "What EWC costs", ewc.section),
+    ("steps", "What regularization adds to a step", steps.section),
     ("continual", "Continual learning beside Avalanche", continual.section),
     ("device", "One device beside Avalanche", device.section),
+    (runtimes.PART, runtimes.TITLE, runtimes.section),
     ("scaling", "How it scales", scaling.section),
+    ("quantization", "Quantization-aware training", quantization.section),
+    ("int8-training", "Training without float weights", int8_training.section),
+    (pipelines.PART, "Pipelines of compression", pipelines.section),
+    ("codecs", "What crosses the wire", codecs.section),
 )
+# Parts with a script of their own.
+SCRIPTS = {
+    "demo": "demo.py",
+    "quantization": "quantization.py",
+    "int8-training": "quantization.py",
+    runtimes.PART: "runtimes.py",
+}
 
 
 def footer(result: dict[str, Any]) -> str:
@@ -50,13 +78,15 @@ def footer(result: dict[str, Any]) -> str:
         for peer, found in config.get("peers", {}).items()
     )
     loads = [load for turn in result["turns"] for load in turn.get("load", [])]
-    seed = config.get("workload", {}).get("seed", 0)
+    seed = f"seed {config.get('workload', {}).get('seed', 0)}"
+    if "seeds" in config:  # one a turn
+        seed = f"seeds 0 to {config['seeds'] - 1}"
     memory = f", {result['memory_gib']:g} GiB" if result["memory_gib"] else ""
     flags = ", ".join([result["machine"], *result["cpu_flags"]])
     return (
         f"{len(result['turns'])} turn(s); {result['cpu']} ({flags}), {result['cores']} cores"
         f"{memory}; Python {result['python']}, {versions}, edgelearn {result['edgelearn']} "
-        f"({result['commit']}), seed {seed}"
+        f"({result['commit']}), {seed}"
         + (f"; load average {min(loads):.1f} - {max(loads):.1f}" if loads else "")
         + (f". Peers' environments: {peers}" if peers else "")
         + f". Repeat: `{config['command']}`."
@@ -67,12 +97,12 @@ def render(folder: Path = RESULTS, page: Path = PAGE) -> Path:
     """Write the page from the results in a folder; return its path."""
     found = {name: r for name, _, _ in SECTIONS if (r := results.read(name, folder)) is not None}
     parts = [INTRO]
-    if set(found) - {"demo"}:
+    if set(found) - set(SCRIPTS):
         parts += ["## Targets, set beforehand\n", targets.section(found) + "\n"]
     for name, title, section in SECTIONS:
         parts.append(f"## {title}\n")
         if name not in found:
-            command = "demo.py" if name == "demo" else f"engines.py --only {name}"
+            command = SCRIPTS.get(name, f"engines.py --only {name}")
             parts.append(f"Not measured yet: `python benchmarks/{command}`.\n")
             continue
         parts += [section(found[name]) + "\n", footer(found[name]) + "\n"]

@@ -1,107 +1,50 @@
-"""What an answer costs by each runtime, and how far its answers are from the float model's.
+"""Measure what an answer costs by each runtime, and rewrite docs/benchmarks.md.
 
-Trains a network on the training images of a data set, then serves it by every runtime, calibrated
-on training images. Prints milliseconds for a call (median and 99th percentile at batch 1 and 32,
-one thread), milliseconds from new parameters to a predictor that is ready, bytes, the share of test
-images with the float model's answer, and accuracy. Some minutes on an idle core, seconds with
---dataset digits: python benchmarks/runtimes.py.
+    python benchmarks/runtimes.py                           about half an hour on an idle core
+    python benchmarks/runtimes.py --mobilenet weights.safetensors
+    python benchmarks/runtimes.py --only CNN                without MobileNetV2
+    python benchmarks/runtimes.py --quick                   proves that it works; means nothing
+
+A small CNN and MobileNetV2 (torchvision's), each by float torch, float ONNX Runtime, int8 torch,
+int8 ONNX Runtime and, where the extra is installed, int8 ExecuTorch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from harness.machine import describe, load
-from torch import Tensor
+import render
+from harness.paths import PAGE, QUICK_RESULTS
+from harness.results import Options
+from harness.subjects import CNN, LARGE, MOBILENET
+from parts import runtimes
 
-import edgelearn
-from edgelearn.params import FlatModel
-from edgelearn.runtime.measure import BATCHES, Measured, measure, refresh_ms
-from edgelearn.runtime.protocol import make_runtime
-from edgelearn.scenario.world import World, build
-from edgelearn.seeds import torch_generator
-
-NUM_CALIBRATION = 256
-FLOAT = "float, torch"
-RUNTIMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    FLOAT: ("float", {}),
-    "float, onnxruntime": ("onnxruntime", {"weight_bits": 32}),
-    "int8, torch (reference)": ("int8", {}),
-    "int8, onnxruntime, 7-bit weights": ("onnxruntime", {"weight_bits": 7}),
-    "int8, onnxruntime, 8-bit weights": ("onnxruntime", {"weight_bits": 8}),
-}
-
-
-def world_of(dataset: str, network: str, *, seed: int) -> World:
-    """Return the samples and the network; who holds which plays no part here."""
-    data, model = {"dataset": dataset}, {"name": network, "args": {}}
-    return build(edgelearn.load("split-digits", data=data, model=model, seed=seed))
-
-
-def trained(model: FlatModel, world: World, *, epochs: int) -> Tensor:
-    """Return parameters [P] after some epochs of Adam on all training samples."""
-    params = model.initial().requires_grad_()
-    optimizer = torch.optim.Adam([params], lr=1e-3)
-    for epoch in range(epochs):
-        generator = torch_generator(world.scenario.seed, "shuffle", epoch)
-        order = torch.randperm(len(world.train.y), generator=generator)
-        for ids in torch.split(order, 64):
-            batch = world.train.batch(ids)
-            loss = F.cross_entropy(model(params, batch.x), batch.y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return params.detach()
-
-
-def rows(world: World, params: Tensor, model: FlatModel, *, num_runs: int) -> dict[str, Any]:
-    """Measure every runtime."""
-    calibration = world.train.batch(torch.arange(min(NUM_CALIBRATION, len(world.train.y)))).x
-    test = world.test.batch(torch.arange(len(world.test.y)))
-    reference = make_runtime("float", {}).prepare(model, params).calibrated(calibration)
-    found = {}
-    for label, (name, arguments) in RUNTIMES.items():
-        runtime = make_runtime(name, arguments)
-        predict = runtime.prepare(model, params).calibrated(calibration)
-        measured = measure(predict, reference, test.x, test.y, num_runs=num_runs)
-        found[label] = (measured, refresh_ms(runtime, model, params, calibration))
-    return found
-
-
-def format_row(label: str, measured: Measured, refresh: float) -> str:
-    """Return a line of the table."""
-    times = " | ".join(f"{t.p50_ms:.3f} | {t.p99_ms:.3f}" for t in measured.latencies)
-    assert measured.accuracy is not None
-    shares = f"{100 * measured.agreement:.2f} | {100 * measured.accuracy:.2f}"
-    return f"| {label} | {times} | {refresh:.1f} | {measured.model_bytes:,} | {shares} |"
+_NAMES = {"CNN": CNN, "mobilenet-32": MOBILENET, "mobilenet-224": LARGE}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", default="fashion-mnist")
-    parser.add_argument("--model", default="cnn", help="mlp or cnn")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--runs", type=int, default=2000, help="calls that count, for each number")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mobilenet", type=Path, metavar="FILE", help="weights (safetensors)")
+    parser.add_argument("--only", default=",".join(_NAMES), help="networks, by comma")
+    parser.add_argument("--steps", type=int, default=600, help="of MobileNetV2, without a file")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns; default 5")
+    parser.add_argument("--quick", action="store_true", help="one short turn of each")
+    parser.add_argument("--fresh", action="store_true", help="forget an interrupted invocation")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    world = world_of(asked.dataset, asked.model, seed=asked.seed)
-    model = world.model()
-    params = trained(model, world, epochs=asked.epochs)
-    model.module.eval()
-    print(json.dumps(describe()))
-    print(f"load average before: {load():.2f} (numbers mean something on an idle machine only)")
-    times = " | ".join(f"b{batch} p50 ms | p99" for batch in BATCHES)
-    print(f"| runtime | {times} | refresh ms | bytes | agrees with float % | accuracy % |")
-    print("|---" * (6 + len(BATCHES)) + "|---|")
-    for label, (measured, refresh) in rows(world, params, model, num_runs=asked.runs).items():
-        print(format_row(label, measured, refresh), flush=True)
-    print(f"load average after: {load():.2f}")
+    wanted = [name.strip() for name in asked.only.split(",")]
+    if unknown := [name for name in wanted if name not in _NAMES]:
+        parser.error(f"unknown network {', '.join(unknown)}; there are {', '.join(_NAMES)}")
+    options = Options(
+        quick=asked.quick,
+        repetitions=1 if asked.quick else asked.repetitions,
+        fresh=asked.fresh or asked.quick,
+    )
+    only = tuple(_NAMES[name] for name in wanted)
+    chosen = runtimes.Asked(mobilenet=asked.mobilenet, steps=asked.steps, only=only)
+    result = runtimes.measure(options, chosen)
+    print(runtimes.section(result))
+    print(render.render(options.folder, QUICK_RESULTS / "benchmarks.md" if asked.quick else PAGE))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
 from edgelearn.fleet.simulate import simulate
 from edgelearn.runtime.protocol import make_runtime
+from edgelearn.scenario.kinds import kinds_of
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.load import load as load_file
 from edgelearn.scenario.presence import presence
@@ -85,6 +86,11 @@ def compare(
     }
 
 
+def _make_runtimes(scenario: Scenario) -> None:
+    for kind in kinds_of(scenario).kinds:
+        make_runtime(scenario.runtime.name, kind.runtime_args)
+
+
 def check_plugins(scenario: Scenario) -> None:
     """Build every plug-in that a scenario names, so that faults in their arguments show.
 
@@ -96,7 +102,7 @@ def check_plugins(scenario: Scenario) -> None:
     for build in (
         lambda: make_strategy(scenario.client.strategy, scenario.client.args),
         lambda: make_server_strategy(scenario),
-        lambda: make_runtime(scenario.runtime.name, scenario.runtime.args),
+        lambda: _make_runtimes(scenario),
         lambda: assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed),
         lambda: make_detector(scenario.stream.detector, scenario.stream.detector_args),
         lambda: presence(scenario.fleet, scenario.stream.num_experiences, scenario.seed),

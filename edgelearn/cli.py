@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgelearn
+from edgelearn.compressing.options import compress_options
 from edgelearn.errors import EdgelearnError, Fault, PluginError, ScenarioError
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 
     export = _command(commands, "export", _export, "write a run's model as a file for devices")
     export.add_argument("directory", help="directory of a finished run")
-    export.add_argument("--format", choices=("onnx",), default="onnx", help="default: onnx")
-    export.add_argument("--out", metavar="FILE", help="default: model.onnx in the directory")
+    export.add_argument("--format", choices=("onnx", "pte"), default="onnx", help="default: onnx")
+    export.add_argument("--out", metavar="FILE", help="default: model.FORMAT in the directory")
     export.add_argument(
         "--calibrate",
         metavar="N",
@@ -108,9 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         choices=(7, 8, 32),
-        default=7,
-        help="7: exact on every processor; 8: on ARM and x86 with VNNI; 32: float (default: 7)",
+        help="onnx: 7 (default) is exact on every processor, 8 on ARM and x86 with VNNI; "
+        "pte: 8 (default); 32: float",
     )
+
+    smaller = _command(commands, "compress", _compress, "make a model smaller, stage by stage")
+    compress_options(smaller)
 
     again = _command(
         commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"
@@ -130,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor", _doctor, "say what this machine and installation can do")
     doctor.add_argument("scenario", nargs="?", help="measure with it (default: split-digits)")
     doctor.add_argument("--all", action="store_true", help="also tiers that take seconds to start")
+
+    fit = _command(commands, "fit-check", _fit_check, "say whether learning fits a device's memory")
+    fit.add_argument("scenario", help="name or TOML file")
+    fit.add_argument("--profile", metavar="NAME", help="name or TOML file (default: all built in)")
+    fit.add_argument("--overhead", metavar="MIB", type=float, default=0.0, help="what is not ours")
+    fit.add_argument("--format", choices=("table", "json"), default="table")
+    _replacing(fit)
 
     new = _command(commands, "new", _new, "write a commented plug-in to start from")
     new.add_argument("kind", choices=("strategy",))
@@ -161,15 +172,7 @@ def _command(
 
 
 def _scenario_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
-    parser.add_argument(
-        "--set",
-        metavar="TABLE.KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="replace a value of the scenario (repeatable)",
-    )
+    _replacing(parser)
     parser.add_argument("--workers", metavar="N", type=int, help="processes; no effect on results")
     parser.add_argument(
         "--engine",
@@ -182,6 +185,18 @@ def _scenario_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         default="auto",
         help="auto, faithful (a message for each device) or fused (one for the cohort's mean)",
+    )
+
+
+def _replacing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
+    parser.add_argument(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="replace a value of the scenario (repeatable)",
     )
 
 
@@ -435,6 +450,23 @@ def _doctor(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _fit_check(options: argparse.Namespace) -> int:
+    from edgelearn.fit_check import fit_check
+
+    if not 0 <= options.overhead < float("inf"):
+        print(
+            f"edgelearn fit-check: got --overhead {options.overhead}; at least 0", file=sys.stderr
+        )
+        return WRONG_USAGE
+    is_fit = fit_check(
+        _load(options),
+        options.profile,
+        overhead_mib=options.overhead,
+        as_json=options.format == "json",
+    )
+    return DONE if is_fit else FAILED
+
+
 # -- scenarios -------------------------------------------------------------------------------------
 
 
@@ -516,20 +548,26 @@ def _export(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return WRONG_USAGE
-    from edgelearn.deploy.export import export_onnx
+    bits = options.weight_bits or (8 if options.format == "pte" else 7)
+    if (options.format, bits) == ("pte", 7):
+        print("edgelearn export: --format pte has --weight-bits 8 or 32", file=sys.stderr)
+        return WRONG_USAGE
+    from edgelearn.deploy.export import EXPORTS
 
     directory = Path(options.directory)
-    done = export_onnx(
-        directory,
-        Path(options.out) if options.out else directory / f"model.{options.format}",
-        num_calibration=options.num_calibration,
-        weight_bits=options.weight_bits,
-    )
-    how = (
-        f"{options.weight_bits}-bit weights, calibrated on {done.num_calibration} training samples"
-    )
-    what = "float" if options.weight_bits == 32 else how
+    out = Path(options.out) if options.out else directory / f"model.{options.format}"
+    export = EXPORTS[options.format]
+    done = export(directory, out, num_calibration=options.num_calibration, weight_bits=bits)
+    how = f"{bits}-bit weights, calibrated on {done.num_calibration} training samples"
+    what = "float" if bits == 32 else how
     print(f"{done.path}: {done.num_bytes:,} bytes, {what}")
+    return DONE
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from edgelearn.compressing.command import run_command
+
+    run_command(options)
     return DONE
 
 

@@ -29,6 +29,8 @@ EXTRAS = {
     "native": ("edgelearn_native", "compiled training"),
     "ray": ("ray", "the ray tier"),
     "onnxruntime": ("onnxruntime", "the runtime onnxruntime"),
+    "prune": ("torch_pruning", "channels that are taken out of a network"),
+    "executorch": ("executorch", "files for phones: export --format pte"),
     "report": ("matplotlib", "report.html"),
     "avalanche": ("avalanche", "Avalanche's strategies and benchmarks"),
     "deploy": ("cryptography", "keys and certificates of a real fleet"),

@@ -21,6 +21,7 @@ from edgelearn.errors import Fault, PluginError, nearest
 CLIENT_STRATEGIES = "edgelearn.client_strategies"
 RUNTIMES = "edgelearn.runtimes"
 CODECS = "edgelearn.codecs"
+ENTROPY = "+lzma"  # behind the name of a codec
 NO_CODEC = "none"  # updates are sent as they are; nobody else can have that name
 DATASETS = "edgelearn.datasets"
 MODELS = "edgelearn.models"

@@ -92,15 +92,19 @@ class Stack:
             NotAStackError: With the reason, if it is not a plain stack.
         """
         layout = model.layout
-        if layout.num_trained != layout.num_network:
-            raise NotAStackError("some of its tensors are not trained by gradient")
         count = layout.num_trained_tensors
         names, sizes = layout.names[:count], layout.sizes[:count]
         ends = itertools.accumulate(sizes)
         places = {n: e - s for n, e, s in zip(names, ends, sizes, strict=True)}
         layers: list[Layer] = []
-        for name, module in _leaves("", model.module):
-            layers += _layer(name, module, places)
+        for name, module in leaves(model.module):
+            try:
+                layers += _layer(name, module, places)
+            except NotAStackError as error:
+                where = f" (layer {name!r})" if name else ""
+                raise NotAStackError(f"{error}{where}") from None
+        if layout.num_trained != layout.num_network:
+            raise NotAStackError("some of its tensors are not trained by gradient")
         owned = [place for layer in layers for place in _places_of(layer)]
         if sorted(owned) != sorted(places.values()):
             raise NotAStackError("layers share parameters")
@@ -163,12 +167,13 @@ def _shape_after(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _leaves(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+def leaves(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """Return what nested `nn.Sequential`s consist of, in order, with names."""
     if type(module) is not nn.Sequential:
         return [(name, module)]
     _refuse_hooks(module)
     prefix = f"{name}." if name else ""
-    return [leaf for n, child in module.named_children() for leaf in _leaves(f"{prefix}{n}", child)]
+    return [leaf for n, child in module.named_children() for leaf in leaves(child, f"{prefix}{n}")]
 
 
 def _layer(name: str, module: nn.Module, places: dict[str, int]) -> list[Layer]:

@@ -13,7 +13,16 @@ from typing import Any
 import edgelearn
 from harness.paths import ROOT
 
-_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile")
+_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx_vnni",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_int8",
+)
 
 
 def describe() -> dict[str, Any]:

@@ -75,6 +75,7 @@ def repeat(
     *,
     config: Mapping[str, Any],
     repetitions: int | None = None,
+    backwards: bool = True,
 ) -> dict[str, Any]:
     """Let all runs take turns, and store what they return after each turn.
 
@@ -88,6 +89,7 @@ def repeat(
         options: How to measure.
         config: What defines the measurement.
         repetitions: Turns, if not those of the options.
+        backwards: Whether every other turn goes backwards; not where a run needs another's files.
     """
     count = repetitions or options.repetitions
     head = {"part": part, "quick": options.quick, **machine.describe(), "config": dict(config)}
@@ -100,7 +102,7 @@ def repeat(
         found: dict[str, Any] = {}
         before = machine.load()
         these = runs(turn) if callable(runs) else runs
-        for name in list(these) if turn % 2 == 0 else list(reversed(these)):
+        for name in reversed(these) if backwards and turn % 2 else these:
             if name in result["skipped"]:
                 continue
             answer = these[name]()

@@ -9,8 +9,9 @@ from typing import Any
 
 from harness import results
 
-from parts import comparison, continual, device, ewc, memory
+from parts import comparison, continual, device, ewc, memory, runtimes
 from parts.comparison import FLOWER
+from parts.runtimes import CNN, MOBILENET
 
 Results = dict[str, dict[str, Any]]
 FUSED, FAITHFUL = "fused", "faithful"
@@ -189,6 +190,18 @@ def _cpu(tiers: tuple[str, ...]) -> Any:
     return _of_any("flute", "cpu_s_per_round", tiers)
 
 
+def _served(
+    figure: Callable[[dict[str, Any], str], float | None], subject: str
+) -> Callable[[Results], float | None]:
+    """Return a figure of a served network."""
+
+    def measured(found: Results) -> float | None:
+        result = found.get(runtimes.PART)
+        return None if result is None else figure(result, subject)
+
+    return measured
+
+
 TARGETS = (
     Target("W1, pool, against Flower/Ray", 2, True, _times("w1", "pool"), " x"),
     Target("W1, native, against Flower/Ray", 4.3, True, _times("w1", "native"), " x"),
@@ -220,6 +233,33 @@ TARGETS = (
     Target("one device, EWC adds to naive, consolidation included", 25, False, _added("ewc"), " %"),
     Target("one device, SI adds to naive, consolidation included", 25, False, _added("si"), " %"),
     Target("Fisher of 1,000 samples, small CNN, in epochs", 2, False, _fisher_epochs, " epochs"),
+    *(
+        target
+        for subject, most_ms in ((CNN, 10), (MOBILENET, 150))
+        for target in (
+            Target(
+                f"{subject}, int8: torch and ONNX Runtime agree",
+                99.5,
+                True,
+                _served(runtimes.agreement, subject),
+                " %",
+            ),
+            Target(
+                f"{subject}, int8: accuracy of torch and ONNX Runtime, apart",
+                0.3,
+                False,
+                _served(runtimes.difference, subject),
+                " points",
+            ),
+            Target(
+                f"{subject}: new weights in service, ONNX Runtime",
+                most_ms,
+                False,
+                _served(runtimes.refresh, subject),
+                " ms",
+            ),
+        )
+    ),
 )
 
 
@@ -239,7 +279,7 @@ replayed samples costs 0.1 ms, so seven to thirteen is the most that training al
 consolidation (a Fisher of 240 samples per device; writing what is remembered) is half of what is
 left. With as many replayed samples in an epoch's last batch as in any other, which is what
 Avalanche does, accuracies agree. *One device*: what EWC adds there holds the Fisher of each
-experience; SI sees each step's gradient, which a plain step never writes out, and keeps two sums of
+experience; SI sees each step's gradient, which a plain step never writes out, and keeps a sum of
 the network's size."""
 
 

@@ -2,9 +2,11 @@
 
 A codec makes an update smaller before it crosses the wire. What it makes, a message, is a fixed set
 of tensors that it declares: their shapes and dtypes are what the egress guard admits, and their
-bytes are what a device is billed for, known before a run. Codecs are pure: what a device has to
-remember of what was not sent (the residual of error feedback) is kept by the device itself, beside
-the client strategy's memory, and handed in with the next update.
+bytes are what a device is billed for, known before a run unless one has but a bound.
+
+Codecs are pure: what a device has to remember of what was not sent (the residual of error feedback)
+is kept by the device itself, beside the client strategy's memory, and handed in with the next
+update.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from edgelearn import plugins
 from edgelearn.errors import DivergenceError, Fault, PluginError, ScenarioError, StateError
 from edgelearn.params import Layout
+from edgelearn.plugins import ENTROPY
 from edgelearn.seeds import torch_generator
 
 NONE = plugins.NO_CODEC
@@ -32,10 +35,22 @@ class Piece:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
+        is_bound: Whether it is of one dimension, and its length at most that of the shape; else
+            the shape is exact.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_bound: bool = False
+
+    def __str__(self) -> str:
+        return f"{'at most ' if self.is_bound else ''}{tuple(self.shape)} {self.dtype}"
+
+    def admits(self, value: Tensor) -> bool:
+        """Whether a tensor is of the declared shape and dtype."""
+        shape = tuple(value.shape)
+        fits = len(shape) == 1 and shape <= self.shape if self.is_bound else shape == self.shape
+        return fits and value.dtype == self.dtype
 
 
 class Codec(ABC):
@@ -64,6 +79,8 @@ class Codec(ABC):
     @abstractmethod
     def pieces(self, layout: Layout) -> Mapping[str, Piece]:
         """Return what a message consists of, by name; the same for every update.
+
+        No size that depends on the update, if possible: it tells something about the update.
 
         Args:
             layout: Of the parameters [P].
@@ -101,6 +118,12 @@ class Codec(ABC):
 def make_codec(reference: str, arguments: Mapping[str, Any]) -> Codec | None:
     """Build a codec by name, `module:Class` or `file.py:Class`; None for "none".
 
+    "NAME+lzma" compresses the messages of a codec.
+
+    Args:
+        reference: The name.
+        arguments: What the codec is built with.
+
     Raises:
         PluginError: If the reference leads nowhere.
         ScenarioError: If it is not a codec, or does not take the arguments.
@@ -110,15 +133,24 @@ def make_codec(reference: str, arguments: Mapping[str, Any]) -> Codec | None:
             message = f"got {', '.join(arguments)}; updates are sent as they are (codec: none)"
             raise ScenarioError(reference, [Fault("wire", "args", message)])
         return None
-    found = plugins.resolve(reference, plugins.CODECS)
+    name, is_compressed = reference.removesuffix(ENTROPY), reference.endswith(ENTROPY)
+    if is_compressed and name == NONE:
+        message = f"got {reference!r}; there is nothing to compress: name a codec (int4{ENTROPY})"
+        raise ScenarioError(reference, [Fault("wire", "codec", message)])
+    found = plugins.resolve(name, plugins.CODECS)
     if not (isinstance(found, type) and issubclass(found, Codec)):
         raise PluginError(f"{reference!r} is {found!r}, not a Codec")
     if faults := plugins.argument_faults(found, arguments, "wire.args"):
         raise ScenarioError(reference, faults)
     try:
-        return found(**arguments)
+        codec: Codec = found(**arguments)
     except (TypeError, ValueError) as error:
         raise ScenarioError(reference, [Fault("wire", "args", str(error))]) from error
+    if not is_compressed:
+        return codec
+    from edgelearn.compress.entropy import EntropyCoded  # it is a codec itself
+
+    return EntropyCoded(codec)
 
 
 def encoded(
@@ -151,10 +183,8 @@ def decoded(codec: Codec, layout: Layout, message: Mapping[str, Tensor]) -> Tens
     if len(message) > len(declared):
         raise StateError(f"the message has tensors that {name} does not declare")
     for key, piece in declared.items():
-        value = message[key]
-        if tuple(value.shape) != tuple(piece.shape) or value.dtype != piece.dtype:
-            wanted = f"{tuple(piece.shape)} {piece.dtype}"
-            raise StateError(f"{key!r} of the message is not {wanted}, as {name} declares")
+        if not piece.admits(message[key]):
+            raise StateError(f"{key!r} of the message is not {piece}, as {name} declares")
     try:
         update = codec.decode(layout, message)
     except Exception as error:  # whatever a codec makes of values that it did not encode

@@ -42,6 +42,10 @@ GIVEN = {
     "evaluator": "the [evaluate] table",
     "device": "the processor, always",
 }
+# What holds the samples that a strategy or plug-in takes in when an experience begins.
+TAKES_IN = {"ER_ACE": "storage_policy", "Cumulative": "dataset", "GDumbPlugin": "storage_policy"}
+# What counts the samples of an experience when it begins.
+COUNTS = ("CWRStar", "CWRStarPlugin")
 MASKED = -1e4  # a logit that no softmax sees; -inf would be NaN in a squared difference
 
 
@@ -174,6 +178,27 @@ def build_plugin(kind: type[Any], arguments: Mapping[str, Any], network: nn.Modu
     """Build a plug-in; those that ask for the network get it."""
     given = {"model": network} if "model" in inspect.signature(kind).parameters else {}
     return kind(**given, **copy.deepcopy(dict(arguments)))
+
+
+def taken_in(strategy: Any) -> dict[tuple[int, str], Any]:
+    """Return what took in samples when the experience began, by who holds it.
+
+    That is the place among the plug-ins, or -1 for the strategy itself, and the attribute.
+    """
+    lib = library()
+    found = {}
+    for place, holder in enumerate((strategy, *strategy.plugins), start=-1):
+        for name, attribute in TAKES_IN.items():
+            kind = getattr(lib.supervised, name, None) or getattr(lib.plugins, name)
+            if isinstance(holder, kind):
+                found[place, attribute] = getattr(holder, attribute)
+    return found
+
+
+def put_in(strategy: Any, held: Mapping[tuple[int, str], Any]) -> None:
+    """Give a strategy and its plug-ins what `taken_in` returned."""
+    for (place, attribute), value in held.items():
+        setattr(strategy if place < 0 else strategy.plugins[place], attribute, value)
 
 
 def no_evaluation() -> Any:

@@ -36,7 +36,7 @@ from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.seeds import derive
 
-_HEAD = 32  # bytes: four int64
+_HEAD = 40  # bytes: five int64
 _SIZES = ("mem_size", "memory_size", "patterns_per_exp", "patterns_per_experience")
 
 
@@ -59,6 +59,8 @@ class AvalancheStrategy(ClientStrategy):
       between its begin and its end.
     - The network keeps its shape: layers that grow can't be averaged.
     - In task-incremental streams logits of other tasks are masked, in the network itself.
+    - Where an experience comes in parts (online streams, boundaries that nobody tells), what takes
+      in samples when it begins (ER_ACE, GDumb, Cumulative) takes in each part as it comes.
 
     docs/avalanche.md lists what works. Reference: see `edgelearn.continual.avalanche`.
 
@@ -109,15 +111,20 @@ class AvalancheStrategy(ClientStrategy):
         """Train for a round, from the global parameters; first begin the experience if it is new.
 
         Raises:
-            StrategyError: If the state is larger than the room for it.
+            StrategyError: If the state is larger than the room for it, or if an experience comes in
+                parts and the strategy counts its samples when it begins.
         """
-        state = _State.unpack(task.memory["state"])
+        state, shown = _State.unpack(task.memory["state"]), task.samples.fingerprint
         if not state.seed:
             state = _State(derive(task.seed, "begin") | 1, state.before, spec=task.spec)
         session = self._begin(state, task.model, task.params, task.samples)
+        if state.shown not in (0, shown):  # more of the experience has arrived
+            self._check_parts()
+            with at_work(derive(task.seed, "arrival")):
+                session.go_on(state.now)
         with at_work(derive(task.seed, "round")):
             params = session.train(task.params, task.proximal_mu)
-        state = dataclasses.replace(state, now=session.freeze(), spec=task.spec)
+        state = dataclasses.replace(state, now=session.freeze(), spec=task.spec, shown=shown)
         done = session.account
         loss = done.loss / done.num_steps if done.num_steps else 0.0
         memory = self._remember(task.memory, state)
@@ -155,6 +162,15 @@ class AvalancheStrategy(ClientStrategy):
             session.thaw(state.now)
         return session
 
+    def _check_parts(self) -> None:
+        for name in (self.name, *self.beside):
+            if name in avalanche.COUNTS:
+                raise StrategyError(
+                    f"{AVALANCHE}{name} counts the samples of an experience when it begins, but "
+                    "more have come since: it needs stream.online = false and "
+                    "stream.boundaries = 'told'"
+                )
+
     def _recipe(self) -> Recipe:
         reference = f"{AVALANCHE}{self.name}"
         beside = [(avalanche.find(k, reference), values) for k, values in self.beside.items()]
@@ -182,12 +198,14 @@ class _State:
         before: The strategy before that, frozen; empty if it is new.
         now: The strategy as it is; empty if it is as before.
         spec: How it trains.
+        shown: Fingerprint of the samples that it last trained on; 0 if it has not.
     """
 
     seed: int = 0
     before: bytes = b""
     now: bytes = b""
     spec: ClientSpec | None = None
+    shown: int = 0
 
     def pack(self) -> bytes:
         spec = b""
@@ -195,16 +213,17 @@ class _State:
             values = dataclasses.asdict(dataclasses.replace(self.spec, args={}))
             spec = json.dumps(values).encode()
         now = b"" if self.now == self.before else self.now
-        sizes = [self.seed, len(spec), len(self.before), len(now)]
-        return np.array(sizes, "<i8").tobytes() + spec + self.before + now
+        head = [self.seed, self.shown, len(spec), len(self.before), len(now)]
+        return np.array(head, "<i8").tobytes() + spec + self.before + now
 
     @classmethod
     def unpack(cls, tensor: Tensor) -> _State:
         raw = tensor.numpy().tobytes()
-        seed, *sizes = (int(n) for n in np.frombuffer(raw[:_HEAD], "<i8"))
+        seed, shown, *sizes = (int(n) for n in np.frombuffer(raw[:_HEAD], "<i8"))
         ends = [_HEAD + sum(sizes[:k]) for k in range(len(sizes) + 1)]
         spec, before, now = (raw[a:b] for a, b in pairwise(ends))
-        return cls(seed, before, now or before, ClientSpec(**json.loads(spec)) if spec else None)
+        trained_by = ClientSpec(**json.loads(spec)) if spec else None
+        return cls(seed, before, now or before, trained_by, shown)
 
 
 def make(reference: str, arguments: Mapping[str, Any], table: str) -> AvalancheStrategy:

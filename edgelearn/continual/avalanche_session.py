@@ -132,6 +132,22 @@ class Session:
         self.account = Account()
         self.strategy = recipe.build(network, spec, self.account)
 
+    def go_on(self, frozen: bytes) -> None:
+        """Take in more of the experience: the session's samples have arrived since.
+
+        What takes in samples when an experience begins takes in these; all else stays as it is.
+
+        Args:
+            frozen: What `freeze` returned after the round before, which has been taken up.
+        """
+        if not avalanche.taken_in(self.strategy):
+            return
+        self._classes.pop()  # of the experience under way; they come back with the rest
+        self.begin()
+        held = avalanche.taken_in(self.strategy)
+        self.thaw(frozen)
+        avalanche.put_in(self.strategy, held)
+
     def begin(self) -> None:
         """Begin the experience: what `train()` does before the first epoch."""
         strategy = self.strategy
@@ -212,7 +228,11 @@ class Session:
         state = self._surroundings().thaw(frozen)
         vars(self.strategy).update(state["strategy"])
         vars(self.strategy.model).update(state["network"])
+        # Where samples come in parts, those at hand may be of more classes than there were.
+        at_hand = self._classes[-1:] if len(self._classes) == len(state["classes"]) else []
         self._classes = state["classes"]
+        for labels in at_hand:
+            self._classes[-1] = sorted({*self._classes[-1], *labels})
         if self._masks:
             self._masks = {**state["masks"], **self._masks}
             self.strategy.model.masks = self._masks

@@ -43,8 +43,7 @@ def class_balanced(
 ) -> tuple[Tensor, Tensor]:
     """Class-balancing reservoir: the largest class gives way, within a class a reservoir.
 
-    Reference: Chrysakis and Moens, "Online Continual Learning from Imbalanced Data", ICML 2020,
-    algorithm 1.
+    Reference: Chrysakis and Moens, "Online Continual Learning from Imbalanced Data", ICML 2020.
 
     Args:
         ids: Buffer [capacity], int32, -1 where empty; filled from the front.

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from edgelearn.continual.local import LocalTask, Passage, Trained
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
+from edgelearn.continual.path import PathIntegral
 from edgelearn.continual.strategy import (
     STEP_HOOKS,
     ClientStrategy,
@@ -36,13 +37,16 @@ class Combined(ClientStrategy):
         parts: At least two strategies, by name.
 
     Raises:
-        ValueError: If two parts want the same place: two that replay, replace the loss, take the
-            gradient or train by themselves; or one that trains by itself beside one with steps.
+        ValueError: If two parts want the same place: two that replay, keep a path integral, replace
+            the loss, take the gradient or train by themselves; or one that trains by itself beside
+            one with steps.
     """
 
     def __init__(self, parts: Mapping[str, ClientStrategy]) -> None:
         self.parts = dict(parts)
         _only_one(self, "replays", [n for n, p in parts.items() if _replays(p)])
+        self._integrating = [n for n, p in parts.items() if p.path() is not None]
+        _only_one(self, "keeps a path integral", self._integrating)
         _only_one(self, "replaces the loss", [n for n, p in parts.items() if _replaces(p)])
         for hook, does in (("gradient", "takes the gradient"), ("fit", "trains by itself")):
             _only_one(self, does, found := self._overriding(hook))
@@ -64,6 +68,10 @@ class Combined(ClientStrategy):
                 return True
             if hook == "adjust" and any(explicit):
                 return True
+        if hook == "after_step" and self._integrating and self._pulling != self._integrating:
+            # A path leaves out an explicit penalty of its own part, and no other.
+            is_told_apart = any(self._pull_of(name).is_explicit for name in self._pulling)
+            return is_told_apart or bool(self._overriding(hook))
         return bool(self._overriding(hook))
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:
@@ -98,6 +106,15 @@ class Combined(ClientStrategy):
         (name,) = self._pulling
         pull = self._pull_of(name)
         return replace(pull, curvature=f"{name}.{pull.curvature}", anchor=f"{name}.{pull.anchor}")
+
+    def path(self) -> PathIntegral | None:
+        """Declare the path integral of the part that keeps one."""
+        for name in self._integrating:
+            path = self.parts[name].path()
+            assert path is not None  # what a part declares does not change
+            moved = None if path.moved is None else f"{name}.{path.moved}"
+            return PathIntegral(f"{name}.{path.charge}", moved)
+        return None
 
     def proximity(self) -> float:
         """Declare the sum."""
@@ -270,7 +287,8 @@ def _replaces(part: ClientStrategy) -> bool:
 
 
 def _declares_steps(part: ClientStrategy) -> bool:
-    return part.rehearsal() is not None or part.pull() is not None
+    declared = part.rehearsal(), part.pull(), part.path()
+    return any(one is not None for one in declared)
 
 
 def _only_one(combined: Combined, does: str, found: list[str]) -> None:

@@ -30,15 +30,15 @@ class DER(ClientStrategy):
 
     the first term over the present samples alone: labels of stored ones are not used. Logits say
     more than a label, about all classes, and hold the network without an old copy of it. The mean
-    is over samples and classes, as in the authors' code; the squared norm of equation 5 is C times
+    is over samples and classes, as in the authors' code; the squared norm of the paper is C times
     as large, and an alpha for it has to be divided by C.
 
     Reference: Buzzega, Boschini, Porrello, Abati, Calderara, "Dark Experience for General Continual
-    Learning: a Strong, Simple Baseline", NeurIPS 2020, arXiv:2004.07211, equations 4 and 5. We
-    differ: there the buffer is a reservoir that takes in samples during training, with the logits
-    of that moment; here it takes in an experience when it has ended, with the logits of the final
-    global network (a device's own network half-way through a round is of no lasting interest to a
-    fleet), and may be balanced by class. A sample that stays keeps its first logits.
+    Learning: a Strong, Simple Baseline", NeurIPS 2020, arXiv:2004.07211. We differ: there the
+    buffer is a reservoir that takes in samples during training, with the logits of that moment;
+    here it takes in an experience when it has ended, with the logits of the final global network (a
+    device's own network half-way through a round is of no lasting interest to a fleet), and may be
+    balanced by class. A sample that stays keeps its first logits.
 
     Args:
         alpha: Weight of the answers, at least 0; the default is the paper's for Seq-CIFAR-10.
@@ -99,8 +99,8 @@ class DERpp(ClientStrategy):
     As `DER`, with a third term: CE(h(x), y) + alpha mean |h(x') - z'|^2 + beta CE(h(x'), y'). It
     helps where the stored logits are poor, such as after a sudden shift.
 
-    Reference: Buzzega et al. (see `DER`), equation 6. We differ as `DER` does, and both terms are
-    taken on the same stored samples, which halves the replay; there two batches are drawn.
+    Reference: Buzzega et al. (see `DER`). We differ as `DER` does, and both terms are taken on the
+    same stored samples, which halves the replay; there two batches are drawn.
 
     Args:
         alpha: Weight of the answers, at least 0; default as in the paper for Seq-CIFAR-10 with

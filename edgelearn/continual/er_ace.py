@@ -42,8 +42,7 @@ class ERACE(ClientStrategy):
     third.
 
     Reference: Caccia, Aljundi, Asadi, Tuytelaars, Pineau, Belilovsky, "New Insights on Reducing
-    Abrupt Representation Change in Online Continual Learning", ICLR 2022, arXiv:2104.05025,
-    section 4.2.
+    Abrupt Representation Change in Online Continual Learning", ICLR 2022, arXiv:2104.05025.
 
     Args:
         memory_kib: Size of the buffer on a device, in KiB of stored samples.

@@ -20,7 +20,7 @@ from edgelearn.params import FlatModel
 class FedCurv(ClientStrategy):
     r"""Penalize change of parameters that other devices need, by their Fisher information.
 
-    A device k of the cohort S trains on (equation 5)
+    A device k of the cohort S trains on
 
         L_k(theta) + lambda sum_{j in S, j != k} sum_i F_ji (theta_i - theta_ji)^2
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgelearn.continual.distill import soft_distillation
+from edgelearn.compress.distill import soft_distillation
 from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.continual.mode import evaluating

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from edgelearn.continual.distill import soft_distillation
+from edgelearn.compress.distill import soft_distillation
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
 from edgelearn.continual.mode import evaluating
 from edgelearn.continual.strategy import ClientStrategy, Facts, supervised_loss

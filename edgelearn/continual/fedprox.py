@@ -25,7 +25,8 @@ class FedProx(ClientStrategy):
     number of local epochs, there are no partial solutions of stragglers.
 
     Args:
-        mu: Strength of the pull, at least 0; 0 is FedAvg. The paper tries 0.001 to 1.
+        mu: Strength of the pull, at least 0; 0 is FedAvg. The paper tries 0.001, 0.01,
+            0.1 and 1.
     """
 
     def __init__(self, *, mu: float = 0.1) -> None:

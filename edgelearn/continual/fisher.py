@@ -31,8 +31,8 @@ def empirical_fisher(
     square is taken of each example's gradient; squaring the gradient of a batch mean, as some
     codebases do, is another quantity (smaller by about the batch size).
 
-    Reference: Kunstner, Balles, Hennig, "Limitations of the Empirical Fisher Approximation",
-    NeurIPS 2019, arXiv:1905.12558, equation 3 (times 1/N).
+    Reference: Kunstner, Balles, Hennig, "Limitations of the Empirical Fisher Approximation for
+    Natural Gradient Descent", NeurIPS 2019, arXiv:1905.12558 (there a sum, not a mean).
 
     Args:
         model: The network; evaluated in eval mode.
@@ -65,8 +65,8 @@ def true_fisher(
     generator the expectation is one draw for each example, as van de Ven's code has it; without
     one it is taken over all classes, exactly, which costs as many passes as there are classes.
 
-    Reference: Kunstner, Balles, Hennig, "Limitations of the Empirical Fisher Approximation",
-    NeurIPS 2019, arXiv:1905.12558, equation 2 (times 1/N).
+    Reference: Kunstner, Balles, Hennig, "Limitations of the Empirical Fisher Approximation for
+    Natural Gradient Descent", NeurIPS 2019, arXiv:1905.12558 (there a sum, not a mean).
 
     Args:
         model: The network; evaluated in eval mode.

@@ -48,13 +48,13 @@ class FOT(ClientStrategy):
     paper has the server see only the sum over devices, by secure aggregation.
 
     Reference: Bakman, Yaldiz, Ezzeldin, Avestimehr, "Federated Orthogonal Training: Mitigating
-    Global Catastrophic Forgetting in Continual Federated Learning", ICLR 2024, arXiv:2309.01289,
-    sections 4.1 and 4.2. We differ: the device projects its update, not the server the mean, which
-    for a mean is the same; sketches of C with a common Omega are averaged where the paper sums
-    A G with random G of each device's own, and all experiences together have to reach `energy`, not
-    each one (as in Wang et al., "Training Networks in Null Space of Feature Covariance for
-    Continual Learning", CVPR 2021, arXiv:2103.07113); the moments are of the rounds of an
-    experience, the last one round older than the final parameters; each experience counts alike.
+    Global Catastrophic Forgetting in Continual Federated Learning", ICLR 2024, arXiv:2309.01289. We
+    differ: the device projects its update, not the server the mean, which for a mean is the same;
+    sketches of C with a common Omega are averaged where the paper sums A G with random G of each
+    device's own, and all experiences together have to reach `energy`, not each one (as in Wang et
+    al., "Training Networks in Null Space of Feature Covariance for Continual Learning", CVPR 2021,
+    arXiv:2103.07113); the moments are of the rounds of an experience, the last one round older than
+    the final parameters; each experience counts alike.
 
     What other layers than linear ones and convolutions train, such as scales of norms, stays free.
     The projected layers include the last: new classes then can't be learned along features of old

@@ -27,7 +27,8 @@ class GDumb(ClientStrategy):
     one of the largest class gives way.
 
     In a federation, the network that is trained from scratch is the fleet's. In the first round of
-    an experience each device takes its samples into the buffer, forgets the global parameters and
+    an experience each device takes its samples into the buffer (where each round brings a part of
+    them, that part, and in later rounds the others), forgets the global parameters and
     begins again from those that the run began with (`FlatModel.initial`: the same on all devices,
     known from the scenario, so nothing has to be stored); the mean of what they send is then a
     network without a past, which the rounds that follow train on, on buffers alone. For a single
@@ -41,9 +42,8 @@ class GDumb(ClientStrategy):
     one with moments moves network and count by other steps.
 
     Reference: Prabhu, Torr, Dokania, "GDumb: A Simple Approach that Questions Our Progress in
-    Continual Learning", ECCV 2020, algorithm 1. We differ: samples of an experience arrive in
-    random order at its first round, and training is that of the scenario, without cutmix or a
-    schedule.
+    Continual Learning", ECCV 2020. We differ: samples of an experience arrive in random order at
+    its first round, and training is that of the scenario, without cutmix or a schedule.
 
     Args:
         memory_kib: Size of the buffer on a device, in KiB of stored samples.
@@ -57,14 +57,14 @@ class GDumb(ClientStrategy):
         self.capacity = capacity
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
-        """Declare the buffer, and how many experiences have begun and are taken in."""
+        """Declare the buffer, how many experiences have begun, and what was taken in last."""
         capacity = self.capacity or 200
         if self.memory_kib > 0:
             capacity = max(1, int(self.memory_kib * 1024) // facts.sample_bytes)
         return {
             "buffer": SampleSpec(capacity),
             "begun": TensorSpec((1,), torch.int64),
-            "taken": TensorSpec((1,), torch.int64),
+            "taken": TensorSpec((1,), torch.int64),  # fingerprint; 0 is nothing of the experience
         }
 
     def shares(self, model: FlatModel, facts: Facts) -> dict[str, TensorSpec]:  # noqa: ARG002
@@ -79,12 +79,14 @@ class GDumb(ClientStrategy):
         experience: Experience,  # noqa: ARG002
     ) -> Memory:
         """Count the experience."""
-        return memory.replace(begun=memory["begun"] + 1)
+        return memory.replace(begun=memory["begun"] + 1, taken=torch.zeros(1, dtype=torch.int64))
 
     def fit(self, task: LocalTask) -> Trained:
         """Take in what is new, begin again if nobody has, and train on the buffer."""
         generator = torch.Generator().manual_seed(derive(task.seed, "gdumb"))
-        memory, layout = _take_in(task.memory, task.samples, generator), task.model.layout
+        memory, layout = task.memory, task.model.layout
+        if int(memory["taken"]) != task.samples.fingerprint:  # another part of an experience, too
+            memory = _take_in(memory, task.samples, generator)
         begun = float(memory["begun"])
         # The count is a mean of whole numbers: equal to one but for rounding.
         has_begun = float(layout.shared(task.params)["begun"]) > begun - 0.5
@@ -102,7 +104,7 @@ class GDumb(ClientStrategy):
         generator: Generator,
     ) -> Memory:
         """Take in an experience that the device did not train on."""
-        return _take_in(memory, data, generator)
+        return memory if bool(memory["taken"]) else _take_in(memory, data, generator)
 
 
 def greedy_balanced(
@@ -146,15 +148,13 @@ def greedy_balanced(
 
 
 def _take_in(memory: Memory, data: Samples, generator: Generator) -> Memory:
-    """Return the memory with an experience in its buffer, once."""
-    if bool(memory["taken"] >= memory["begun"]):
-        return memory
+    """Return the memory with samples in its buffer."""
     ids = memory["buffer"]
     order = torch.randperm(len(data), generator=generator)
     arriving, arriving_labels = data.ids[order], data.labels[order]
     labels = memory.store.labels(ids.clamp(min=0)) if (ids != EMPTY).any() else ids.long()
     buffer = greedy_balanced(ids, labels, arriving, arriving_labels, generator)
-    return memory.replace(buffer=buffer, taken=memory["begun"].clone())
+    return memory.replace(buffer=buffer, taken=torch.tensor([data.fingerprint]))
 
 
 def _train(task: LocalTask, params: Tensor, memory: Memory, samples: Samples) -> Trained:

@@ -25,7 +25,7 @@ class GEM(ClientStrategy):
 
     The step follows the closest vector to the gradient g whose product with the gradient g_k of the
     loss on the stored samples of each past experience k is not negative. With those as the rows of
-    M (the paper's G is -M), it is M^T v + g, where v solves the small quadratic program
+    M, it is M^T v + g, where v solves the small quadratic program
 
         min_v  1/2 v^T (M M^T + 0.001 I) v + (M g)^T v   subject to  v >= gamma,
 

@@ -24,7 +24,7 @@ class FedPer(ClientStrategy):
     bytes are those of FedAvg; the head (4 bytes for each of its numbers) is what a device stores.
 
     Reference: Arivazhagan, Aggarwal, Singh, Choudhary, "Federated Learning with Personalization
-    Layers", 2019, arXiv:1912.00818, algorithm 1, with one personal layer.
+    Layers", 2019, arXiv:1912.00818, with one personal layer.
     """
 
     def declare(self, model: FlatModel, facts: Facts) -> Declaration:  # noqa: ARG002
@@ -59,8 +59,9 @@ class FedRep(ClientStrategy):
     the others move the body alone, through a head that fits the device.
 
     Reference: Collins, Hassani, Mokhtari, Shakkottai, "Exploiting Shared Representations for
-    Personalized Federated Learning", ICML 2021, arXiv:2102.07078, algorithm 1. We differ: the
-    head's part of a round is given in steps, not in epochs.
+    Personalized Federated Learning", ICML 2021, arXiv:2102.07078. We differ: the head's part of a
+    round is given in steps, not in epochs (ten of the head and one of the body, in the authors'
+    scripts).
 
     Args:
         head_steps: Steps of a round that train the head, at least 1. A device that takes no more

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from edgelearn.continual.distill import soft_distillation
+from edgelearn.compress.distill import soft_distillation
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
 from edgelearn.continual.mode import evaluating
 from edgelearn.continual.storage import Storage, check_kind
@@ -30,13 +30,13 @@ class LwF(ClientStrategy):
     Classes count as learned that occur in an experience that the device has begun, whether it has
     samples of them or not: the global parameters know them from other devices.
 
-    Reference: Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv:1606.09282, section 3.
-    We differ: the factor T^2 (Hinton et al. 2015, arXiv:1503.02531), so that alpha
-    need not change with T, and no phase that warms up a new head. Of a network with batch norm the
-    teacher has the parameters of its time, but the running statistics of now.
+    Reference: Li and Hoiem, "Learning without Forgetting", ECCV 2016, arXiv:1606.09282. We differ:
+    the factor T^2 (Hinton et al. 2015, arXiv:1503.02531), so that alpha need not change with T, and
+    no phase that warms up a new head. Of a network with batch norm the teacher has the parameters
+    of its time, but the running statistics of now.
 
     Args:
-        alpha: Weight of distillation, at least 0.
+        alpha: Weight of distillation, at least 0; the default is what the paper mostly takes.
         temperature: T, above 0.
         storage: How the teacher is kept: "float32", "float16" or "int8" (`Storage`).
     """

@@ -18,11 +18,11 @@ class MAML(ClientStrategy):
     r"""Minimize the loss that is left after a few steps of adaptation.
 
     Each step splits its batch in two. From theta, `inner_steps` of gradient descent on the support
-    lead to theta'; the optimizer then follows the gradient of L_query(theta') by theta, which is
-    (I - alpha H) g for one inner step, g = dL_query/dtheta at theta' and H the Hessian of L_support
-    (Finn et al., equation 1). First order leaves the Hessian out and takes g (section 5.2), at less
-    than half of the cost. Either way a device answers with what `adapt_steps` of the same descent
-    on all of its current samples make of the global parameters.
+    lead to theta'; the optimizer then follows the gradient of L_query(theta') by theta. For one
+    inner step that is (I - alpha H) g, g = dL_query/dtheta at theta' and H the Hessian of L_support
+    (Finn et al., equation 1). First order leaves the Hessian out and takes g (section 5.2), and
+    saves the way back through the inner steps. Either way a device answers with what `adapt_steps`
+    of the same descent on all of its current samples make of the global parameters.
 
     Each device is a task, or one for each experience that it meets. Local steps of all devices are
     averaged, as in Per-FedAvg, which is this with one inner step; with a single step per round

@@ -32,12 +32,12 @@ class MAS(ClientStrategy):
     take that of a batch's mean gradient have a smaller Omega.
 
     Reference: Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware Synapses: Learning
-    what (not) to forget", ECCV 2018, arXiv:1711.09601, section 4, its "global" version. We
-    differ: the penalty is taken as a proximal step after the optimizer's (as `EWC` does), which
-    can't diverge; "explicit" takes it as a gradient.
+    what (not) to forget", ECCV 2018, arXiv:1711.09601, equation 2, with the squared norm of the
+    output in place of the output. We differ: the penalty is taken as a proximal step after the
+    optimizer's (as `EWC` does), which can't diverge; "explicit" takes it as a gradient.
 
     Args:
-        strength: lambda, at least 0.
+        strength: lambda, at least 0; default as in the paper.
         decay: gamma, in [0, 1]; 1 adds the experiences up.
         step: "proximal" or "explicit".
         max_samples: Samples for the importance; 0 uses all of the device's experience.

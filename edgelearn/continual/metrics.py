@@ -39,7 +39,7 @@ def forward_transfer(R: Matrix, b: NDArray[np.float64]) -> float:
 def forgetting(R: Matrix) -> float:
     """F = mean_{j < T-1} max_{j <= l < T-1} R[l, j] - R[T-1, j] (Chaudhry et al. 2018).
 
-    arXiv:1801.10112, equation 3. It can be negative, and is not -BWT.
+    arXiv:1801.10112. It can be negative, and is not -BWT.
     """
     return _mean(np.array([_peak(R[j:-1, j]) - R[-1, j] for j in range(len(R) - 1)]))
 
@@ -55,7 +55,7 @@ def learning_accuracy(R: Matrix) -> float:
 def intransigence(R: Matrix, joint: Matrix) -> float:
     """I = mean_j a*[j] - R[j, j]: what was not learned that could have been (Chaudhry et al. 2018).
 
-    arXiv:1801.10112, equation 6; the mean of I_k over k. Negative where learning one experience
+    arXiv:1801.10112; the mean of I_k over k. Negative where learning one experience
     after another did better.
 
     Args:
@@ -87,8 +87,8 @@ def min_accuracy(A: Matrix, p: NDArray[np.int64]) -> float:
 
     The lowest point of each experience after it was learned, which the accuracy at the end of
     experiences does not show (the stability gap). De Lange, van de Ven, Tuytelaars, "Continual
-    Evaluation for Lifelong Learning: Identifying the Stability Gap", ICLR 2023, arXiv:2205.13452,
-    equation 2. Theirs is over iterations, this one over measured rounds, so it sees less.
+    Evaluation for Lifelong Learning: Identifying the Stability Gap", ICLR 2023, arXiv:2205.13452.
+    Theirs is over iterations, this one over measured rounds, so it sees less.
 
     Args:
         A: [N, T].
@@ -101,7 +101,7 @@ def min_accuracy(A: Matrix, p: NDArray[np.int64]) -> float:
 def worst_case_accuracy(A: Matrix, p: NDArray[np.int64]) -> float:
     """WC-ACC = A[N-1, T-1] / T + (1 - 1 / T) min-ACC: plasticity and stability at their worst.
 
-    De Lange et al. 2023, arXiv:2205.13452, equation 3, at the end of the stream. NaN if the stream
+    De Lange et al. 2023, arXiv:2205.13452, at the end of the stream. NaN if the stream
     has not come to its last experience.
     """
     T = A.shape[1]

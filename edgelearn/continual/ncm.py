@@ -28,9 +28,9 @@ class NCM(ClientStrategy):
     good when it ends. See `prototypes` for what the freeze means for statistics.
 
     References: Mensink, Verbeek, Perronnin, Csurka, "Distance-Based Image Classification:
-    Generalizing to New Classes at Near-Zero Cost", PAMI 2013, section 3 (without its learned
-    metric); Rebuffi, Kolesnikov, Sperl, Lampert, "iCaRL", CVPR 2017, arXiv:1611.07725, uses the
-    same rule on features of unit length, which is not done here.
+    Generalizing to New Classes at Near-Zero Cost", PAMI 2013 (without its learned metric); Rebuffi,
+    Kolesnikov, Sperl, Lampert, "iCaRL", CVPR 2017, arXiv:1611.07725, uses the same rule on features
+    of unit length, which is not done here.
 
     Args:
         frozen_after: Experiences in which the body is trained; 0 for one that is trained already.

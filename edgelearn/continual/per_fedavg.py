@@ -24,8 +24,8 @@ class PerFedAvg(ClientStrategy):
     its current samples, one by default as in the paper.
 
     Reference: Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical
-    Guarantees: A Model-Agnostic Meta-Learning Approach", NeurIPS 2020, arXiv:2002.07948,
-    algorithm 1 and section 5. We differ: D and D' are halves of one batch, not drawn anew.
+    Guarantees: A Model-Agnostic Meta-Learning Approach", NeurIPS 2020, arXiv:2002.07948. We differ:
+    D and D' are halves of one batch, not drawn anew.
 
     Args:
         alpha: Size of the inner step, above 0.

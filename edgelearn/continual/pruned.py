@@ -31,7 +31,7 @@ class Pruned(ClientStrategy):
 
         s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n Delta t))^3,   t = t_0, ..., t_0 + n Delta t,
 
-    of smallest magnitude (Zhu and Gupta, equation 1). What is zero is the smallest there is, so the
+    of smallest magnitude (Zhu and Gupta). What is zero is the smallest there is, so the
     mask only ever shrinks: from t_0 on, weights that are zero are never trained again, those that
     were initialized so included. Biases and norms are left alone.
 
@@ -51,10 +51,10 @@ class Pruned(ClientStrategy):
     (`compress.sparse_weights`).
 
     References: Zhu, Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
-    compression", 2017, arXiv:1710.01878, section 3; Han, Pool, Tran, Dally, "Learning both Weights
-    and Connections for Efficient Neural Networks", NeurIPS 2015, arXiv:1506.02626. We differ: a
-    step of the schedule is a round of the federation, and all weights compete by default, where Zhu
-    and Gupta give each layer the same sparsity ("layer").
+    compression", 2017, arXiv:1710.01878; Han, Pool, Tran, Dally, "Learning both Weights and
+    Connections for Efficient Neural Networks", NeurIPS 2015, arXiv:1506.02626. We differ: a step of
+    the schedule is a round of the federation, and all weights compete by default, where Zhu and
+    Gupta give each layer the same sparsity ("layer").
 
     Args:
         sparsity: s_f, part of the weights that is zero in the end, in [0, 1).

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any, final
+from typing import final
 
-import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from edgelearn.compress.quantize import fake_quantize_activation, fake_quantize_weight
+from edgelearn.compress.fake_quantized import FakeQuantized, on_grid
 from edgelearn.continual.memory import Memory
 from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.params import FlatModel
@@ -40,10 +38,10 @@ class QAT(ClientStrategy):
     4-bit one: it shows the accuracy of 4-bit weights, not their size.
 
     Reference: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877, section 3. We differ: weights
-    are quantized symmetrically per output channel, as the runtime does it; the range of activations
-    is that of the batch, not a moving average, which would be memory of its own on each device, and
-    is quantized from the first step on; batch norm is not folded, as the runtime does not fold it;
+    Integer-Arithmetic-Only Inference", CVPR 2018, arXiv:1712.05877. We differ: weights are
+    quantized symmetrically per output channel, as the runtime does it; the range of activations is
+    that of the batch, not a moving average, which would be memory of its own on each device, and is
+    quantized from the first step on; batch norm is not folded, as the runtime does not fold it;
     biases stay float (the runtime has 32 bits for them).
 
     It trains device by device, in no stack of devices: two engines whose sums differ in the last
@@ -68,7 +66,7 @@ class QAT(ClientStrategy):
 
     def view(self, model: FlatModel) -> FlatModel:
         """Return the network with rounding in it."""
-        return _FakeQuantized(model, self.bits, rounds_inputs=self.activations == "int8")
+        return FakeQuantized(model, self.bits, rounds_inputs=self.activations == "int8")
 
     def serve(
         self,
@@ -79,50 +77,4 @@ class QAT(ClientStrategy):
         generator: Generator,  # noqa: ARG002
     ) -> Tensor:
         """Return the global parameters with weights on the grid of so many bits."""
-        return _rounded(model, params, _weights(model), self.bits)
-
-
-class _FakeQuantized(FlatModel):
-    """A network whose layers see rounded weights, and rounded inputs."""
-
-    def __init__(self, model: FlatModel, bits: int, *, rounds_inputs: bool) -> None:
-        self.__dict__.update(model.__dict__)
-        self._inner, self._bits = model, bits
-        self._weights = _weights(model)
-        self._rounding = _layers(model.module) if rounds_inputs else []
-
-    def forward(self, params: Tensor, x: Tensor) -> Tensor:
-        rounded = _rounded(self, params, self._weights, self._bits)
-        with ExitStack() as hooks:
-            for layer in self._rounding:
-                hooks.callback(layer.register_forward_pre_hook(_round_input).remove)
-            return self._inner.forward(rounded, x)
-
-
-def _round_input(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (fake_quantize_activation(inputs[0]), *inputs[1:])
-
-
-def _layers(module: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """Return the layers that the int8 runtime quantizes; a subclass stays float there."""
-    return [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and type(layer) in (nn.Linear, nn.Conv2d)
-    ]
-
-
-def _weights(model: FlatModel) -> frozenset[str]:
-    """Return the names of the trained weights of these layers."""
-    weights = {id(layer.weight) for layer in _layers(model.module)}
-    named = model.module.named_parameters()
-    return frozenset(name for name, p in named if id(p) in weights and p.requires_grad)
-
-
-def _rounded(model: FlatModel, params: Tensor, weights: frozenset[str], bits: int) -> Tensor:
-    """Return parameters [P] or [T] with some weights rounded, differentiable by them."""
-    pieces = [
-        fake_quantize_weight(view, bits=bits).flatten() if name in weights else view.flatten()
-        for name, view in model.layout.views(params).items()
-    ]
-    return torch.cat(pieces)
+        return on_grid(model, params, bits=self.bits)

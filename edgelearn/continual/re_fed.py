@@ -37,11 +37,11 @@ class ReFed(ClientStrategy):
     in an experience.
 
     Reference: Li, Li, Wang, Li, Zhong, Zhang, "Towards Efficient Replay in Federated Incremental
-    Learning", CVPR 2024, arXiv:2403.05890, equations 3 to 6 and algorithm 1. We differ: v begins at
-    the global model, so that it need not be stored; the mean of the gradients is taken, not their
-    sum; the pull towards w is taken implicitly, v <- (v' + lr q w) / (1 + lr q), which can't
-    diverge. The most important samples overall tend to be hard ones of few classes;
-    `is_balanced` shares the cache among classes, which the paper does not.
+    Learning", CVPR 2024, arXiv:2403.05890. We differ: v begins at the global model, so that it need
+    not be stored; the mean of the gradients is taken, not their sum; the pull towards w is taken
+    implicitly, v <- (v' + lr q w) / (1 + lr q), which can't diverge. The most important samples
+    overall tend to be hard ones of few classes; `is_balanced` shares the cache among classes, which
+    the paper does not.
 
     Args:
         memory_kib: Size of the cache on a device, in KiB of stored samples.

@@ -29,8 +29,8 @@ class Replay(ClientStrategy):
     a step on a handful of samples, half of them new.
 
     Reference: Chaudhry, Rohrbach, Elhoseiny, Ajanthan, Dokania, Torr, Ranzato, "On Tiny Episodic
-    Memories in Continual Learning", 2019, arXiv:1902.10486, algorithm 1. We differ: the buffer is
-    filled at the end of an experience, not during it.
+    Memories in Continual Learning", 2019, arXiv:1902.10486. We differ: the buffer is filled at the
+    end of an experience, not during it.
 
     With the policy "herding" a class has the samples whose mean feature comes nearest to that of
     the class (`herding`), on features of length 1 at the final global parameters (Rebuffi et al.,

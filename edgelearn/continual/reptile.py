@@ -21,9 +21,9 @@ class Reptile(ClientStrategy):
 
     A device trains as usual, from theta to W, and sends the update of theta + epsilon (W - theta).
     FedAvg's mean of these is Reptile with a batch of tasks, one device a task (Nichol et al.,
-    section 3: theta <- theta + epsilon mean_i (W_i - theta)); its weights are in proportion to the
+    equation 5: theta <- theta + epsilon mean_i (W_i - theta)); its weights are in proportion to the
     devices' samples. With two local steps or more the expected update also raises the inner product
-    of gradients of different batches (section 5.1): a step on one then helps the other.
+    of gradients of different batches, as they show: a step on one then helps the other.
 
     With epsilon = 1 this is FedAvg (McMahan et al. 2017), so what is left to compare is adaptation:
     the device answers with parameters that took `adapt_steps` steps on all of its current samples.
@@ -31,8 +31,8 @@ class Reptile(ClientStrategy):
     forgets the others; use it where devices differ, or with `adapt_steps` = 0.
 
     Reference: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018,
-    arXiv:1803.02999, algorithm 1. We differ: epsilon is constant; the paper anneals it from 1 to 0
-    over a run whose end it knows.
+    arXiv:1803.02999. We differ: epsilon is constant; the authors anneal it to 0 (for images from 1)
+    over a run whose end they know.
 
     Args:
         epsilon: Part of the way, in (0, 1].

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
+from edgelearn.continual.path import PathIntegral
 from edgelearn.continual.storage import Storage, check_kind
 from edgelearn.continual.strategy import ClientStrategy, Facts, Pull
 from edgelearn.params import FlatModel
@@ -88,14 +89,9 @@ class SI(ClientStrategy):
         """Declare the penalty, for every step of training."""
         return Pull("importance", "anchor", 2 * self.c, is_explicit=self.step == "explicit")
 
-    def after_step(
-        self, before: Tensor, after: Tensor, gradients: Tensor, memory: Memory
-    ) -> Memory:
-        """Add a step to the path."""
-        pull, step = self.pull(), after - before
-        if pull.is_explicit:
-            gradients = gradients - pull.gradient(before, memory)
-        return memory.replace(path=memory["path"] - gradients * step, moved=memory["moved"] + step)
+    def path(self) -> PathIntegral:
+        """Declare the path, so that the training loop keeps it."""
+        return PathIntegral("path", "moved")
 
     def finish(
         self,

@@ -42,8 +42,8 @@ class SLDA(ClientStrategy):
     means for statistics.
 
     Reference: Hayes, Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant
-    Analysis", CVPR Workshops 2020, arXiv:1909.01520, section 3. We differ: the covariance begins
-    with zeros, not with that of a base set (equal for a body that is trained on the device).
+    Analysis", CVPR Workshops 2020, arXiv:1909.01520. We differ: the covariance begins with zeros,
+    not with that of a base set (equal for a body that is trained on the device).
 
     Args:
         frozen_after: Experiences in which the body is trained; 0 for one that is trained already.

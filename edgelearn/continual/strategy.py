@@ -2,8 +2,8 @@
 
 Every hook is a pure function of tensors: it returns new values and changes none that it was given.
 So the same class trains one real device and a stacked cohort of simulated ones. Where it can, a
-strategy *declares* what it does (`rehearsal`, `pull`) instead of computing it: then every engine,
-compiled ones included, can run it. A device calls
+strategy *declares* what it does (`rehearsal`, `pull`, `path`) instead of computing it: then every
+engine, compiled ones included, can run it. A device calls
 
 1. `start` when an experience begins,
 2. `enter` in each round, with the global parameters, and asks `is_frozen`: then 3 is left out,
@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from edgelearn import plugins
 from edgelearn.continual.local import LocalTask, Passage, Trained
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
+from edgelearn.continual.path import PathIntegral
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Samples
@@ -90,7 +91,8 @@ class Pull:
 
     Implicit, it is taken after the optimizer's step: argmin_z h(z) + |z - theta|^2 / (2 lr), which
     is theta + w (anchor - theta) with w = s F / (1 + s F), s = lr * strength. That can't diverge.
-    Explicit, its gradient joins that of the loss, and diverges once s F > 2.
+    Explicit, its gradient joins that of the loss, and diverges once s F > 2. Curvature and anchor
+    are those of the round's beginning, for all of its steps.
 
     Attributes:
         curvature: Name of F in memory [T], float32, not negative.
@@ -158,8 +160,8 @@ class ClientStrategy:
     Attributes:
         replaces_loss: Whether `loss` stands in place of cross-entropy, so that it can't be combined
             with another that does; one that adds to `super().loss(...)` leaves it False.
-        needs_plain_sgd: Whether it reads the mean gradient off where a device has come to, so that
-            momentum and Adam are refused.
+        needs_plain_sgd: Whether momentum and Adam are refused: it reads the mean gradient off where
+            a device has come to, or has no room for an optimizer's state.
         keeps_network: Whether a device's network is its own: it stays on the device from round to
             round, and what `shares` declares is all that travels. Where a hook is given global
             parameters, their network is then the device's own. Devices may hold different networks
@@ -200,6 +202,10 @@ class ClientStrategy:
 
     def pull(self) -> Pull | None:
         """Declare a quadratic penalty; what it returns must not change."""
+        return None
+
+    def path(self) -> PathIntegral | None:
+        """Declare a path integral, to be kept by whoever takes the steps; it must not change."""
         return None
 
     def proximity(self) -> float:
@@ -279,7 +285,8 @@ class ClientStrategy:
     def proximal(self, params: Tensor, memory: Memory, *, lr: float) -> Tensor:
         """Take the implicit step of a penalty after the optimizer's step: [T] -> [T].
 
-        By default that of an implicit `pull`.
+        By default that of an implicit `pull`. A strategy with a `view` or `gradient` of its own
+        may draw here from torch's global generator, as dropout does: the device seeds it.
         """
         pull = self.pull()
         if pull is None or pull.is_explicit:
@@ -287,14 +294,18 @@ class ClientStrategy:
         return params.lerp(memory[pull.anchor], pull.weight(memory, lr=lr))
 
     def after_step(
-        self,
-        before: Tensor,  # noqa: ARG002
-        after: Tensor,  # noqa: ARG002
-        gradients: Tensor,  # noqa: ARG002
-        memory: Memory,
+        self, before: Tensor, after: Tensor, gradients: Tensor, memory: Memory
     ) -> Memory:
-        """Keep account of a step, as path integrals do; all vectors are [T]."""
-        return memory
+        """Keep account of a step; all vectors are [T], and the gradient is what `adjust` returned.
+
+        By default the step is added to the `path` that is declared.
+        """
+        path, pull = self.path(), self.pull()
+        if path is None:
+            return memory
+        if pull is not None and pull.is_explicit:
+            gradients = gradients - pull.gradient(before, memory)
+        return path.along(before, after, gradients, memory)
 
     def leave(self, passage: Passage, memory: Memory) -> tuple[Tensor, Memory]:
         """End a round: return the local parameters [P] to be sent, and the memory.
@@ -359,7 +370,7 @@ class ClientStrategy:
 
     @property
     def is_declared(self) -> bool:
-        """Whether a round is plain but for what `rehearsal`, `pull` and `proximity` declare."""
+        """Whether a round is plain but for `rehearsal`, `pull`, `path` and `proximity`."""
         return not any(map(self.overrides, (*ROUND_HOOKS, *STEP_HOOKS)))
 
     def overrides(self, hook: str) -> bool:

@@ -42,13 +42,13 @@ class Target(ClientStrategy):
     is `capacity` / 64 x `steps` passes of generator, teacher and student, once in an experience.
 
     Reference: Zhang, Chen, Zhuang, Lyu, "TARGET: Federated Class-Continual Learning via
-    Exemplar-Free Distillation", ICCV 2023, arXiv:2303.06937, equations 3 to 8. This is a variant
-    for devices: the paper's **server** makes the samples once and sends them to all devices; here
-    each device makes its own, far fewer, from the same model, which sends no samples over the wire
-    and costs every device the work. Also different: a fully connected generator, carried on from
-    batch to batch in place of the meta-learned one of the paper's code; no augmentation; statistics
-    of layers' inputs that the device keeps, where the paper reads those of batch norm, which small
-    networks lack; the teacher's logits are kept, not the teacher, for images that stay the same.
+    Exemplar-Free Distillation", ICCV 2023, arXiv:2303.06937. This is a variant for devices: the
+    paper's **server** makes the samples once and sends them to all devices; here each device makes
+    its own, far fewer, from the same model, which sends no samples over the wire and costs every
+    device the work. Also different: a fully connected generator, carried on from batch to batch in
+    place of the meta-learned one of the paper's code; no augmentation; statistics of layers' inputs
+    that the device keeps, where the paper reads those of batch norm, which small networks lack; the
+    teacher's logits are kept, not the teacher, for images that stay the same.
 
     It mixes its samples into the batch by itself, so it can't be combined with replay.
 

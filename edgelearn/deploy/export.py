@@ -5,18 +5,22 @@ Ranges of activations come from training samples of the run's devices, never fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import edgelearn
+from edgelearn.deploy import executorch
 from edgelearn.device.learner import make_learner
 from edgelearn.errors import RunError
 from edgelearn.federated.rundir import read_model, scenario_of
 from edgelearn.files import write_atomic
+from edgelearn.params import FlatModel
 from edgelearn.runtime.onnxruntime import OnnxRuntime, with_facts
 from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.world import World, build
@@ -40,6 +44,16 @@ class Exported:
     facts: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What a finished run's devices answer with."""
+
+    world: World
+    model: FlatModel
+    params: Tensor
+    calibration: Samples
+
+
 def export_onnx(
     directory: Path, out: Path, *, num_calibration: int = 256, weight_bits: int = 7
 ) -> Exported:
@@ -57,11 +71,58 @@ def export_onnx(
         StateError: If the run is damaged or not finished.
         RunError: If the network can't be written down, or no device answers with this model.
     """
-    if num_calibration < 1:
-        raise RunError(f"{num_calibration} samples for calibration; at least 1 is needed")
     if weight_bits == 0:
         raise RunError("weight_bits is 0 (this processor's); name those of the device: 7, 8 or 32")
     runtime = OnnxRuntime(weight_bits=weight_bits)
+    served = _served(directory, num_calibration)
+    prepared = runtime.prepare(served.model, served.params)
+    artefact = prepared.artefact(served.calibration.batch().x)
+    facts = _facts(served, weight_bits)
+    data = with_facts(artefact, facts)
+    write_atomic(out, data)
+    return Exported(out, len(data), len(served.calibration), facts)
+
+
+def export_pte(
+    directory: Path, out: Path, *, num_calibration: int = 256, weight_bits: int = 8
+) -> Exported:
+    """Write the model of a finished run as an ExecuTorch file, for batches of one.
+
+    Such a file holds no metadata, so they are written beside it, to `out` with `.json` behind.
+
+    Args:
+        directory: Directory of the run.
+        out: The file; one that is there is replaced.
+        num_calibration: Training samples for the ranges, as for ONNX.
+        weight_bits: 8, or 32 for float.
+
+    Raises:
+        ExtraMissingError: If executorch is not installed.
+        StateError: If the run is damaged or not finished.
+        RunError: If the network can't be lowered, or no device answers with this model.
+    """
+    if weight_bits not in (8, 32):
+        raise RunError(f"weight_bits is {weight_bits}; an ExecuTorch file has 8, or 32 (float)")
+    executorch.require()
+    served = _served(directory, num_calibration)
+    data = executorch.lower(
+        served.model,
+        served.params,
+        served.calibration.batch().x,
+        is_quantized=weight_bits == 8,
+    )
+    facts = {**_facts(served, weight_bits), "batch": "1"}
+    write_atomic(out.with_name(f"{out.name}.json"), f"{json.dumps(facts, indent=1)}\n".encode())
+    write_atomic(out, data)
+    return Exported(out, len(data), len(served.calibration), facts)
+
+
+EXPORTS: Mapping[str, Callable[..., Exported]] = {"onnx": export_onnx, "pte": export_pte}
+
+
+def _served(directory: Path, num_calibration: int) -> _Served:
+    if num_calibration < 1:
+        raise RunError(f"{num_calibration} samples for calibration; at least 1 is needed")
     scenario = scenario_of(directory)
     world = build(scenario)
     learner = make_learner(world)
@@ -70,24 +131,25 @@ def export_onnx(
             f"{directory}: with the client strategy {scenario.client.strategy!r} each device "
             "answers with parameters of its own; the run's model alone is not what they serve"
         )
-    params = read_model(directory, learner.layout)
-    chosen = calibration_samples(world, num_calibration)
-    artefact = runtime.prepare(learner.model, params).artefact(chosen.batch().x)
-    encoding = world.train.encoding
-    facts = {
+    params = read_model(directory, learner.model.layout)
+    return _Served(world, learner.model, params, calibration_samples(world, num_calibration))
+
+
+def _facts(served: _Served, weight_bits: int) -> dict[str, str]:
+    """Return what a file says about itself."""
+    scenario, encoding = served.world.scenario, served.world.train.encoding
+    count = len(served.calibration)
+    return {
         "edgelearn": edgelearn.__version__,
         "scenario": scenario.name,
         "digest": scenario.digest,
         "weight_bits": str(weight_bits),
-        "calibration": "none" if weight_bits == 32 else f"{len(chosen)} training samples",
+        "calibration": "none" if weight_bits == 32 else f"{count} training samples",
         "input": "(stored * scale - mean) / std",
         "input.scale": repr(encoding.scale),
         "input.mean": repr(encoding.mean),
         "input.std": repr(encoding.std),
     }
-    data = with_facts(artefact, facts)
-    write_atomic(out, data)
-    return Exported(out, len(data), len(chosen), facts)
 
 
 def calibration_samples(world: World, most: int) -> Samples:

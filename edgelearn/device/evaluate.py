@@ -43,13 +43,11 @@ class Trial:
         calibration: Its own training samples, for the ranges; there may be none.
         tests: Its own test samples, by experience id [T]; any of them may be empty.
         params: Parameters [P] that it answers with, if not the global ones.
-        model: Its network, if it may be another than that of the others.
     """
 
     calibration: Samples
     tests: Sequence[Samples]
     params: Tensor | None = None
-    model: FlatModel | None = None
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec, kept
 from edgelearn.errors import StateError
@@ -48,12 +50,12 @@ class RecordLayout:
     size: int
 
     @classmethod
-    def of(cls, declaration: Declaration, *, at_least: int = 0) -> RecordLayout:
+    def of(cls, declaration: Declaration, *, record_bytes: int = 0) -> RecordLayout:
         """Lay out what a declaration says is kept, each tensor aligned to a cache line.
 
         Args:
             declaration: What a device remembers.
-            at_least: Least bytes of a record, where devices of one file remember different things.
+            record_bytes: Least size of a record, where others in the same file have larger ones.
         """
         stored = kept(declaration)
         offset, offsets = 0, []
@@ -61,7 +63,7 @@ class RecordLayout:
             offsets.append(offset)
             offset += math.ceil(spec.stored_bytes / _ALIGN) * _ALIGN
         rest = {name: spec for name, spec in declaration.items() if name not in stored}
-        return cls(stored, rest, tuple(offsets), max(offset, _ALIGN, at_least))
+        return cls(stored, rest, tuple(offsets), max(offset, record_bytes, _ALIGN))
 
 
 class RecordFile:
@@ -108,6 +110,32 @@ class RecordFile:
             raw = memory[name].detach().contiguous().view(-1).view(torch.uint8)
             record[offset : offset + spec.stored_bytes] = raw.numpy()
         return self.checksum(device, slot)
+
+    def rewrite(
+        self, device: int, read_slot: int, write_slot: int, tensors: Mapping[str, Tensor]
+    ) -> int:
+        """Write a memory that differs in some tensors from the one in another slot.
+
+        Args:
+            device: Whose it is.
+            read_slot: Where the rest is; UNWRITTEN for the initial memory.
+            write_slot: Where it goes; may be the same.
+            tensors: What is new, by name.
+
+        Returns:
+            The record's checksum.
+        """
+        record = self._record(device, write_slot)
+        if read_slot == UNWRITTEN:
+            initial = {name: s.initial() for name, s in self._layout.declaration.items()}
+            return self.write(device, write_slot, Memory({**initial, **tensors}))
+        if read_slot != write_slot:
+            record[:] = self._record(device, read_slot)
+        for name, value in tensors.items():
+            spec, offset = self._place(name)
+            raw = value.detach().contiguous().view(-1).view(torch.uint8)
+            record[offset : offset + spec.stored_bytes] = raw.numpy()
+        return self.checksum(device, write_slot)
 
     def get(self, device: int, slot: int) -> bytes:
         """Return a record as it lies in the file."""
@@ -195,12 +223,13 @@ class FleetStore:
             declaration: What a device remembers.
             num_devices: Devices in the fleet.
             tables: Of the checkpoint.
-            record_bytes: Least bytes of a record, where devices remember different things.
+            record_bytes: Least size of a record, where some devices need more.
 
         Raises:
             StateError: If the file is missing, truncated or damaged; the device is named.
         """
-        self.path, self.layout = path, RecordLayout.of(declaration, at_least=record_bytes)
+        self.path = path
+        self.layout = RecordLayout.of(declaration, record_bytes=record_bytes)
         self._touched: set[int] = set()
         if tables is None:
             RecordFile.create(path, self.layout, num_devices)

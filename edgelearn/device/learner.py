@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgelearn.compress.codec import Codec, decoded, encoded, make_codec
+from edgelearn.compress.submodel import narrowed
 from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import (
     Declaration,
@@ -21,16 +22,18 @@ from edgelearn.continual.memory import (
     passing,
 )
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
+from edgelearn.device import frugal
 from edgelearn.device.drift import Detector, make_detector
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
 from edgelearn.params import FlatModel, Layout
+from edgelearn.scenario.kinds import BASE
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.scenario.stream import Experience
-from edgelearn.scenario.variants import BASE
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split, torch_generator
+from edgelearn.stack import NotAStackError
 
 # Names in the memory of a device that finds boundaries by itself: the detector's state, and the
 # parameters that it had when it last took part, after training.
@@ -124,15 +127,19 @@ class Learner:
     def __post_init__(self) -> None:
         if self.strategy.needs_plain_sgd and not self.spec.is_plain_sgd:
             message = (
-                f"{type(self.strategy).__name__} reads a device's mean gradient off its way, so it "
-                f"needs sgd with momentum 0; got {self.spec.optimizer} with momentum "
-                f"{self.spec.momentum:g}"
+                f"{type(self.strategy).__name__} reads a device's mean gradient off its way, or "
+                "has no room for an optimizer's state, so it needs sgd with momentum 0; got "
+                f"{self.spec.optimizer} with momentum {self.spec.momentum:g}"
             )
             raise ScenarioError("client", [Fault("client", "optimizer", message)])
         if self.spec.steps and self.strategy.overrides("fit"):
             what = f"{self.spec.strategy!r} trains by itself"
             fault = Fault("client", "steps", f"{what} and counts its own steps; leave it at 0")
             raise ScenarioError("client", [fault])
+        if self.spec.saves_memory and (
+            found := list(frugal.faults(self.model, self.strategy, self.spec))
+        ):
+            raise ScenarioError("client", found)
         shared = self.strategy.shares(self.model, self.facts)
         if shared:
             shapes = {name: spec.shape for name, spec in shared.items()}
@@ -199,6 +206,11 @@ class Learner:
         """Bytes that a real device needs for what the strategy remembers."""
         return sum(s.device_bytes(self.facts.sample_bytes) for s in self.declaration.values())
 
+    @property
+    def holds_parameters(self) -> bool:
+        """Whether anybody may still have the local parameters once an update is made of them."""
+        return self.detector is not None or any(map(self.strategy.overrides, ("fit", "leave")))
+
     def fit(
         self,
         state: DeviceState,
@@ -257,7 +269,7 @@ class Learner:
                 num_devices=self.facts.num_devices,
             )
             local, memory = self.strategy.leave(passage, memory)
-        delta = local - params
+        delta = self._delta(local, params)
         if not math.isfinite(loss) or not _is_finite(delta):
             refuse_divergence(data.device, server_round, loss)
         if self.detector is not None:
@@ -280,6 +292,10 @@ class Learner:
         if self.strategy.overrides("upload"):
             update = self._plain(self.strategy.upload(update, samples, memory))
         return Fit(new, update, num_samples)
+
+    def _delta(self, local: Tensor, params: Tensor) -> Tensor:
+        """Return local - global [P], in place of `local` where nobody else has a hold of it."""
+        return local - params if self.holds_parameters else local.sub_(params)
 
     def encode(self, fit: Fit, *, server_round: int, device: int) -> Fit:
         """Return what is sent in place of an update that the guard has admitted.
@@ -487,8 +503,7 @@ class Learner:
         device's own, not that of whichever device this process trained before.
         """
         layout = self.model.layout
-        if layout.size != layout.num_trained:
-            self.model.carry(params.clone())
+        self.model.carry_copy(params)
         self.model.module.eval()
         return params[: layout.num_trained]
 
@@ -531,16 +546,37 @@ def steps_seed(seed: int, server_round: int, device: int) -> int:
     return split(derive(seed, "steps", server_round), device)
 
 
-def make_learner(world: World, variant: str = BASE) -> Learner:
+def make_learner(world: World, *, variant: str = BASE, width: float = 1.0) -> Learner:
     """Build the learner of a scenario: network, client strategy and what they may know.
 
     Args:
         world: The scenario's world.
-        variant: Which of the scenario's networks; "" is that of `[model]`.
+        variant: Which of the scenario's networks the devices hold for which it is.
+        width: Part of each of its hidden layers that they hold.
 
     Raises:
-        ScenarioError: If network, strategy and scenario do not fit together.
+        ScenarioError: If the parts do not fit together.
     """
+    model = world.model(variant) if width == 1 else _narrowed(world, variant, width)
+    learner = _learner(world, model)
+    if width != 1 and learner.model.layout.num_shared_tensors:
+        message = (
+            f"{world.scenario.client.strategy!r} shares tensors beside the network, which devices "
+            "with sub-models have no common ones of; allowed: a strategy that shares none"
+        )
+        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)])
+    return learner
+
+
+def _narrowed(world: World, variant: str, width: float) -> FlatModel:
+    try:
+        return narrowed(world.model(variant), width, world.sample_shape)
+    except NotAStackError as error:
+        message = f"only plain stacks of layers have sub-models: {error}"
+        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)]) from error
+
+
+def _learner(world: World, model: FlatModel) -> Learner:
     spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
     detector = None
     if stream.boundaries == "detected":
@@ -553,7 +589,7 @@ def make_learner(world: World, variant: str = BASE) -> Learner:
         )
         raise ScenarioError(world.scenario.name, [Fault("model", "variants", message)])
     return Learner(
-        model=world.model(variant),
+        model=model,
         strategy=strategy,
         spec=spec,
         facts=Facts(

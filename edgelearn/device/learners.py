@@ -1,69 +1,94 @@
-"""The learners of a fleet: one for each network that its devices hold."""
+"""What the devices of a fleet learn and serve with, by the kind of device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import final
 
+from edgelearn.compress.submodel import Holdings, Part
 from edgelearn.device.fleet_store import RecordLayout
 from edgelearn.device.learner import Learner, make_learner
 from edgelearn.errors import Fault, ScenarioError
-from edgelearn.scenario.variants import BASE
+from edgelearn.runtime.protocol import Runtime, make_runtime
+from edgelearn.scenario.kinds import BASE, Kind, Kinds
 from edgelearn.scenario.world import World
 
 
-@dataclass(frozen=True, slots=True)
-class Learners:
-    """A learner for each network, and who learns with which.
+@final
+class FleetLearners:
+    """A learner for each network, a runtime for each kind; built when they are first asked for."""
 
-    Attributes:
-        by_variant: Learners by the name of the network; "" is that of `[model]`.
-        held: Name of the network that each device holds.
-    """
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._learners: dict[tuple[str, float], Learner] = {}
+        self._runtimes: dict[str, Runtime] = {}
 
-    by_variant: Mapping[str, Learner]
-    held: tuple[str, ...]
+    @property
+    def kinds(self) -> Kinds:
+        """The kinds of devices."""
+        return self._world.kinds
 
-    @classmethod
-    def of(cls, world: World) -> Learners:
-        """Build the learners of all networks that a scenario names.
+    @property
+    def whole(self) -> Learner:
+        """That of `[model]`, whose layout the server holds, whether or not a device has it."""
+        return self._of(BASE, 1.0)
+
+    def of_kind(self, kind: Kind) -> Learner:
+        """Return the learner of the devices of a kind.
 
         Raises:
-            ScenarioError: If a network does not fit, or if what travels is not the same for all.
+            ScenarioError: If its network does not fit, or what is shared beside it has other shapes
+                than beside that of `[model]`.
         """
-        names = (BASE, *world.scenario.model.variants)
-        found = {name: make_learner(world, name) for name in names}
-        common = found[BASE].layout
-        for name, learner in found.items():
-            if learner.layout.digest != common.digest:
+        return self._of(*kind.network)
+
+    def of_device(self, device: int) -> Learner:
+        """Return the learner of a device."""
+        return self.of_kind(self.kinds.of_device(device))
+
+    def _of(self, variant: str, width: float) -> Learner:
+        if (variant, width) not in self._learners:
+            learner = make_learner(self._world, variant=variant, width=width)
+            if variant != BASE and learner.layout != self.whole.layout:
                 message = (
                     f"what {learner.spec.strategy!r} shares has other shapes than for the network "
                     "of [model]; devices of both can't average it"
                 )
-                raise ScenarioError(
-                    world.scenario.name, [Fault(f"model.variants.{name}", "name", message)]
-                )
-        return cls(found, world.variants)
+                fault = Fault(f"model.variants.{variant}", "name", message)
+                raise ScenarioError(self._world.scenario.name, [fault])
+            self._learners[variant, width] = learner
+        return self._learners[variant, width]
+
+    def runtime(self, kind: Kind) -> Runtime:
+        """Return the runtime of a kind of device.
+
+        Raises:
+            ScenarioError: If it does not take the arguments.
+        """
+        if kind.name not in self._runtimes:
+            name = self._world.scenario.runtime.name
+            self._runtimes[kind.name] = make_runtime(name, kind.runtime_args)
+        return self._runtimes[kind.name]
 
     @property
-    def base(self) -> Learner:
-        """The learner of the network of `[model]`; what travels is the same for all."""
-        return self.by_variant[BASE]
+    def record_bytes(self) -> int:
+        """Bytes of a device's record in the state of a simulated fleet: the most that one needs."""
+        learners = (self.whole, *map(self.of_kind, self.kinds.kinds))
+        return max(RecordLayout.of(learner.declaration).size for learner in learners)
 
-    @property
-    def largest(self) -> Learner:
-        """The learner whose devices remember most, among those that a device has."""
-        held = set(self.held)
-        return max(
-            (learner for name, learner in self.by_variant.items() if name in held),
-            key=lambda learner: learner.memory_bytes,
-        )
+    def record(self, kind: Kind) -> RecordLayout:
+        """Return the layout of the record of a device of a kind, as long as all others."""
+        declaration = self.of_kind(kind).declaration
+        return RecordLayout.of(declaration, record_bytes=self.record_bytes)
 
-    def __getitem__(self, device: int) -> Learner:
-        """Return the learner of a device."""
-        return self.by_variant[self.held[device]]
-
-    def record(self, variant: str = BASE) -> RecordLayout:
-        """Return the layout of a device's record in the fleet's file: as long for all networks."""
-        longest = max(RecordLayout.of(s.declaration).size for s in self.by_variant.values())
-        return RecordLayout.of(self.by_variant[variant].declaration, at_least=longest)
+    def holdings(self) -> Holdings:
+        """Return who holds which part of the global parameters."""
+        kinds, layout = self.kinds, self.whole.layout
+        if kinds.widths == (1.0,):
+            return Holdings()
+        parts = {
+            kind.width: Part.of(layout, self.of_kind(kind).layout)
+            for kind in kinds.kinds
+            if kind.width != 1
+        }
+        count = self._world.scenario.fleet.num_devices
+        return Holdings(tuple(kinds.of_device(device).width for device in range(count)), parts)

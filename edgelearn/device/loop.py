@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import final, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import StateError
 from edgelearn.files import write_atomic
 from edgelearn.runtime.protocol import Predictor, Runtime
+from edgelearn.runtime.ranges import KeptRanges, Recalibrate
 from edgelearn.scenario.samples import Encoding, OwnedSamples, Samples
 from edgelearn.scenario.stream import Experience
 
@@ -58,6 +59,7 @@ class DeviceLoop:
         sample_shape: tuple[int, ...],
         sample_dtype: torch.dtype = torch.uint8,
         num_calibration: int = 64,
+        recalibrate: Recalibrate = "always",
     ) -> None:
         """Wake the device up, or start a new one where the directory holds none.
 
@@ -69,11 +71,19 @@ class DeviceLoop:
             sample_shape: Shape of a stored sample.
             sample_dtype: Its dtype.
             num_calibration: Own samples for the calibration of the served model.
+            recalibrate: When ranges of activations are observed on these: for each new model
+                ("always"), or only when a few of them no longer fit the ranges observed before
+                ("on-drift", see `edgelearn.runtime.ranges`); after a start always.
 
         Raises:
+            ValueError: If `recalibrate` is anything else.
             StateError: If the stored state is damaged or of another network.
         """
+        if recalibrate not in get_args(Recalibrate):
+            allowed = ", ".join(get_args(Recalibrate))
+            raise ValueError(f"recalibrate is {recalibrate!r}; allowed are {allowed}")
         self._learner, self._runtime = learner, runtime
+        self._ranges = KeptRanges() if recalibrate == "on-drift" else None
         self._store = DeviceStore(directory, digest=learner.layout.digest)
         self._parameters = directory / "parameters.safetensors"
         self._num_calibration = num_calibration
@@ -127,7 +137,10 @@ class DeviceLoop:
                     state, self._params, samples, position=self.position, device=0
                 )
                 prepared = self._runtime.prepare(self._learner.model, own)
-                self._predictor = prepared.calibrated(calibration)
+                if self._ranges is None:
+                    self._predictor = prepared.calibrated(calibration)
+                else:
+                    self._predictor = self._ranges.predictor(prepared, calibration)
             return self._predictor(inputs).argmax(1)
 
     def feedback(self, x: Tensor, labels: Tensor) -> None:

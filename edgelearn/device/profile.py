@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelearn.errors import Fault, ScenarioError, nearest
-from edgelearn.scenario.shares import dealt
+from edgelearn.scenario.kinds import deal, names_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +47,6 @@ class Profile:
     def energy_j(self, *, train_s: float, num_bytes: int) -> float:
         """Return modelled energy."""
         return self.power_w * train_s + self.radio_j_per_mb * num_bytes / 1e6
-
-
-DEFAULT = "phone-mid"
 
 
 def folder() -> Path:
@@ -104,6 +101,6 @@ def load_profile(reference: str) -> Profile:
 
 def assign(shares: Mapping[str, float], num_devices: int, seed: int) -> tuple[Profile, ...]:
     """Give each device a profile, in proportion to the shares."""
-    shares = shares or {DEFAULT: 1.0}
-    profiles = {name: load_profile(name) for name in sorted(shares)}
-    return tuple(profiles[name] for name in dealt(shares, num_devices, seed, "profiles"))
+    profiles = [load_profile(name) for name in names_of(shares)]
+    places = deal(shares, num_devices, seed)
+    return tuple(profiles[place] for place in places.tolist())

@@ -33,6 +33,7 @@ class Devices:
         held: Stored samples that may be replayed [K, capacity], -1 where there is none.
         curvature: Of a pull [K, T].
         anchor: Of a pull [K, T].
+        charge: Of a path integral [K, T]; training does not change it.
     """
 
     ids: NDArray[np.int32]
@@ -41,6 +42,7 @@ class Devices:
     held: NDArray[np.int32] | None = None
     curvature: Tensor | None = None
     anchor: Tensor | None = None
+    charge: Tensor | None = None
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -60,6 +62,7 @@ class Devices:
             None if self.held is None else self.held[rows],
             None if self.curvature is None else self.curvature[index],
             None if self.anchor is None else self.anchor[index],
+            None if self.charge is None else self.charge[index],
         )
 
 
@@ -72,12 +75,14 @@ class StackTrained:
         loss: Mean over steps [K].
         num_steps: [K].
         num_samples: Samples that passed through training, replayed ones included [K].
+        charge: Of a path integral, with what the round added [K, T].
     """
 
     params: Tensor
     loss: NDArray[np.float64]
     num_steps: NDArray[np.int64]
     num_samples: NDArray[np.int64]
+    charge: Tensor | None = None
 
 
 @torch.no_grad()
@@ -116,7 +121,7 @@ def train_stack(
         counts[: step.active] += 1
         passed[: step.active] += step.sizes
     loss = total.double().numpy() / np.maximum(counts, 1)
-    return StackTrained(local, loss, counts, passed)
+    return StackTrained(local, loss, counts, passed, optimizer.charge)
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -269,7 +274,11 @@ class _Network:
 
 
 class _Optimizer:
-    """SGD with what is pulled, in one sweep or two."""
+    """SGD with what is pulled, in one sweep or two; and what it is charged with.
+
+    Attributes:
+        charge: Of a path integral [K, T], which grows with each step.
+    """
 
     def __init__(
         self,
@@ -282,13 +291,16 @@ class _Optimizer:
     ) -> None:
         self._spec, self._local, self._params, self._mu = spec, local, params, mu
         self._anchor, self._weight, self._strength = devices.anchor, None, None
-        if pull is not None and devices.curvature is not None:
+        if pull is not None and devices.curvature is not None and devices.curvature.any():
             if pull.is_explicit:
                 self._strength = pull.strength * devices.curvature
             else:
                 stiffness = devices.curvature * (spec.lr * pull.strength)
                 self._weight = stiffness / (1 + stiffness)
-        self._is_fused = spec.momentum == 0 and self._strength is None
+        self.charge = None if devices.charge is None else devices.charge.clone()
+        is_bent = not (self._weight is self._strength is None)
+        self._is_straight = spec.is_plain_sgd and not spec.weight_decay and not is_bent
+        self._is_fused = spec.momentum == 0 and self._strength is None and self.charge is None
         self._gradients = torch.empty(0) if self._is_fused else torch.empty_like(local)
         self._momentum: Tensor | None = None
 
@@ -299,21 +311,27 @@ class _Optimizer:
             network.step(inputs, delta, lr=spec.lr, decay=self._mu + spec.weight_decay)
             if self._mu:
                 local.add_(self._params, alpha=spec.lr * self._mu)
-        else:
-            self._by_gradient(network, inputs, delta, local)
-        if self._weight is not None and self._anchor is not None:
-            local.lerp_(self._anchor[:active], self._weight[:active])
-
-    def _by_gradient(
-        self, network: _Network, inputs: list[Tensor], delta: Tensor, local: Tensor
-    ) -> None:
-        spec, active = self._spec, len(delta)
+            self._pull_back(local)
+            return
         gradients = self._gradients[:active]
         network.gradient(inputs, delta, gradients)
-        if self._strength is not None and self._anchor is not None:
-            gradients.addcmul_(self._strength[:active], local - self._anchor[:active])
         if self._mu:
             gradients.add_(local - self._params, alpha=self._mu)
+        if self.charge is None:
+            self._move(local, gradients)
+        elif self._is_straight:
+            self.charge[:active].addcmul_(gradients, gradients, value=spec.lr)
+            self._move(local, gradients)
+        else:
+            before = local.clone()
+            self._move(local, gradients.clone())
+            self.charge[:active].addcmul_(gradients, before.sub_(local))
+
+    def _move(self, local: Tensor, gradients: Tensor) -> None:
+        """Take the step; the gradients [K, T] of the loss become those of all that is added."""
+        spec, active = self._spec, len(local)
+        if self._strength is not None and self._anchor is not None:
+            gradients.addcmul_(self._strength[:active], local - self._anchor[:active])
         if spec.weight_decay:
             gradients.add_(local, alpha=spec.weight_decay)
         if spec.momentum:
@@ -323,6 +341,11 @@ class _Optimizer:
                 self._momentum[:active].mul_(spec.momentum).add_(gradients)
             gradients = self._momentum[:active]
         local.add_(gradients, alpha=-spec.lr)
+        self._pull_back(local)
+
+    def _pull_back(self, local: Tensor) -> None:
+        if self._weight is not None and self._anchor is not None:
+            local.lerp_(self._anchor[: len(local)], self._weight[: len(local)])
 
 
 def _weight_of(params: Tensor, layer: Linear) -> Tensor:

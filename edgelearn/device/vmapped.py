@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from edgelearn.continual.memory import Declaration, Memory, check
+from edgelearn.device.optimizer import PathKeeper, make_optimizer
 from edgelearn.device.stacked import StackTrained
-from edgelearn.device.training import Training, make_optimizer
+from edgelearn.device.training import Training
 from edgelearn.errors import StrategyError
 from edgelearn.scenario.samples import Batch, Samples, SampleStore
 
@@ -63,10 +64,13 @@ def train_vmapped(
         Exception: Whatever a hook or the network raises because it can't be stacked.
     """
     count, store = len(learners.samples), learners.samples[0].store
-    hooks, memory = _Hooks(training, store), dict(learners.memory)
+    memory = dict(learners.memory)
+    hooks = _Hooks(training, store, memory)
     training.model.module.train()
     local = params.repeat(count, 1)
     optimizer = make_optimizer(training.spec, local)
+    keeps_account = training.strategy.overrides("after_step")
+    path = None if keeps_account else hooks.path(local, memory)
     every_step = [
         training.steps(samples, _row(memory, k, store), int(learners.seeds[k]))
         for k, samples in enumerate(learners.samples)
@@ -81,15 +85,23 @@ def train_vmapped(
                 gradients = hooks.adjust(gradients, local, memory)
                 if proximal_mu:
                     gradients = gradients + proximal_mu * (local - params)
-                before = local.clone()
+                if path is not None:
+                    charged = hooks.charged(gradients, local)
+                    path.before()
+                gradients = hooks.pulled(gradients, local)
+                before = local.clone() if keeps_account else local
                 optimizer.step(gradients)
                 hooks.proximal(local, memory)
-                if training.strategy.overrides("after_step"):
+                if path is not None:
+                    path.after(charged)
+                if keeps_account:
                     memory = hooks.after_step(before, local.clone(), gradients, memory)
                     for k, step in enumerate(steps):
                         step.memory = _row(memory, k, store)
             total += losses
             num_steps, num_samples = num_steps + 1, num_samples + batch["y"].shape[1]
+    if path is not None:
+        memory |= path.tensors(memory)
     check({name: rows[0] for name, rows in memory.items()}, declaration)
     loss = total.numpy() / max(num_steps, 1)
     counts = np.full(count, num_steps, np.int64), np.full(count, num_samples, np.int64)
@@ -99,12 +111,30 @@ def train_vmapped(
 class _Hooks:
     """A strategy's hooks for all devices at once; tensors are [K, ...]."""
 
-    def __init__(self, training: Training, store: SampleStore) -> None:
+    def __init__(
+        self, training: Training, store: SampleStore, memory: Mapping[str, Tensor]
+    ) -> None:
         self._model, self._strategy, self._spec = training.model, training.strategy, training.spec
         self._store = store
-        pull = self._strategy.pull()
-        self._explicit = pull if pull is not None and pull.is_explicit else None
-        self._implicit = pull if pull is not None and not pull.is_explicit else None
+        self._adjusts = self._strategy.overrides("adjust")
+        self._has_proximal = self._strategy.overrides("proximal")
+        pull, begun = self._strategy.pull(), self._memory(memory)
+        self._implicit: tuple[Tensor, Tensor] | None = None
+        self._explicit: tuple[Tensor, Tensor] | None = None
+        if pull is not None and pull.is_explicit:
+            self._explicit = begun[pull.anchor], pull.strength * begun[pull.curvature]
+        elif pull is not None and not self._has_proximal:
+            self._implicit = begun[pull.anchor], pull.weight(begun, lr=self._spec.lr)
+
+    def path(self, params: Tensor, memory: Mapping[str, Tensor]) -> PathKeeper | None:
+        """Return what keeps the path integrals [K, P] that are declared, if any."""
+        path, spec = self._strategy.path(), self._spec
+        if path is None:
+            return None
+        is_bent = self._has_proximal or not (self._implicit is self._explicit is None)
+        is_straight = spec.is_plain_sgd and not spec.weight_decay and not is_bent
+        charge = memory[path.charge].clone()
+        return PathKeeper(path, charge, params, lr=spec.lr, is_straight=is_straight)
 
     def gradient(
         self, params: Tensor, batch: Mapping[str, Tensor], memory: Mapping[str, Tensor]
@@ -118,11 +148,9 @@ class _Hooks:
         return gradients, losses
 
     def adjust(self, gradients: Tensor, params: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
-        """Return the changed gradients [K, P]."""
-        if not self._strategy.overrides("adjust"):
-            if self._explicit is None:
-                return gradients
-            return gradients + self._explicit.gradient(params, self._memory(memory))
+        """Return the gradients [K, P] as the hook changes them; an explicit pull is no part yet."""
+        if not self._adjusts:
+            return gradients
 
         def adjust(g: Tensor, own: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
             return self._strategy.adjust(g, own, self._memory(memory))
@@ -130,12 +158,25 @@ class _Hooks:
         changed: Tensor = vmap(adjust)(gradients, params, memory)
         return changed
 
+    def pulled(self, gradients: Tensor, params: Tensor) -> Tensor:
+        """Return the gradients [K, P] with that of an explicit pull, which a hook adds itself."""
+        if self._explicit is None or self._adjusts:
+            return gradients
+        anchor, stiffness = self._explicit
+        return gradients + stiffness * (params - anchor)
+
+    def charged(self, gradients: Tensor, params: Tensor) -> Tensor:
+        """Return the gradients [K, P] without that of an explicit pull, if a hook has it in."""
+        if self._explicit is None or not self._adjusts:
+            return gradients
+        anchor, stiffness = self._explicit
+        return gradients - stiffness * (params - anchor)
+
     def proximal(self, params: Tensor, memory: Mapping[str, Tensor]) -> None:
         """Change the parameters [K, P] in place."""
-        if not self._strategy.overrides("proximal"):
+        if not self._has_proximal:
             if self._implicit is not None:
-                weight = self._implicit.weight(self._memory(memory), lr=self._spec.lr)
-                params.lerp_(memory[self._implicit.anchor], weight)
+                params.lerp_(*self._implicit)
             return
 
         def proximal(own: Tensor, memory: Mapping[str, Tensor]) -> Tensor:

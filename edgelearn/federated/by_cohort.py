@@ -53,7 +53,8 @@ class Asked:
         position: Position in the stream.
         params: Global parameters [P].
         bytes_down: Bytes of the instruction.
-        bytes_up: Bytes of a device's reply.
+        bytes_up: Bytes of a device's reply, or the most that they can be.
+        bytes_vary: Of these, those of a message whose size depends on the update; 0 without one.
         ttl_s: Longest time that a reply may take.
         proximal_mu: FedProx's mu.
     """
@@ -66,6 +67,7 @@ class Asked:
     bytes_up: int
     ttl_s: float
     proximal_mu: float = 0.0
+    bytes_vary: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class CohortUpdates:
         num_examples: Samples of each device [K].
         loss: [K].
         norms: Euclidean norm of each update [K].
+        bytes_up: Bytes of each reply [K].
         failures: Row -> what became of it instead.
         alarms: Row -> how often it noticed a change, where it did.
     """
@@ -87,6 +90,7 @@ class CohortUpdates:
     num_examples: Counts
     loss: NDArray[np.float64]
     norms: NDArray[np.float64]
+    bytes_up: Counts
     failures: Failures
     alarms: Mapping[int, int] = field(default_factory=dict)
 
@@ -132,7 +136,9 @@ class ByCohort:
         # On the wire a model travels tensor by tensor; here it is one array, which is quicker.
         arrays = wire.encode_params(run.layout, torch.zeros(run.layout.size))
         self._bytes_of_model = arrays.count_bytes()
-        self._bytes_of_update = wire.num_bytes(wire.reply_content(metrics, run.empty_update()))
+        update = run.empty_update()
+        self._bytes_of_update = wire.num_bytes(wire.reply_content(metrics, update))
+        self._bytes_vary = update.count_bytes() if run.has_bounds else 0
         zeros = [0] * run.stream.num_experiences
         schema = egress.evaluate_schema(run.stream.num_experiences)
         counts = {**dict.fromkeys(schema.scalars, 0), **dict.fromkeys(schema.counts, zeros)}
@@ -161,7 +167,7 @@ class ByCohort:
             outcomes |= zip(found.devices.tolist(), fates, strict=True)
             devices = found.devices.tolist()
             alarms |= {devices[r]: n for r, n in found.alarms.items() if r not in failures}
-            self._book(asked, found.devices, found.failures)
+            self._book(asked, found.devices, found.failures, found.bytes_up)
             weights = found.num_examples.astype(np.float64)
             weights[list(failures)] = 0
             weighed += int(weights.sum())
@@ -255,13 +261,17 @@ class ByCohort:
             bytes_up=sizes.get(hook, self._bytes_of_counts),
             ttl_s=self._run.scenario.fleet.deadline_s or compat.DEFAULT_TTL_S,
             proximal_mu=mu,
+            bytes_vary=self._bytes_vary if hook == "configure_train" else 0,
         )
 
-    def _book(self, asked: Asked, devices: Counts, failures: Failures) -> None:
+    def _book(
+        self, asked: Asked, devices: Counts, failures: Failures, bytes_up: Counts | None = None
+    ) -> None:
         answered = np.ones(len(devices), bool)
         answered[list(failures)] = False
         np.add.at(self.traffic.down, devices, asked.bytes_down)
-        np.add.at(self.traffic.up, devices[answered], asked.bytes_up)
+        up = np.full(len(devices), asked.bytes_up) if bytes_up is None else bytes_up
+        np.add.at(self.traffic.up, devices[answered], up[answered])
 
 
 def _admit(found: CohortUpdates, limit: float) -> tuple[list[Outcome], Failures]:

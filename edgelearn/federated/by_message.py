@@ -61,7 +61,7 @@ class ByMessage:
         alarms: dict[int, int] = {}
         limit = run.norm_limit(params)
         for device, reply in self._exchange(instructions, roster):
-            outcome, reason, ready = self._admit(reply, params, limit)
+            outcome, reason, ready = self._admit(device, reply, params, limit)
             outcomes[device] = outcome
             if outcome in (Outcome.OK, Outcome.IDLE):
                 metrics = wire.metrics_of(ready)
@@ -117,14 +117,16 @@ class ByMessage:
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def _admit(self, reply: Message, params: Tensor, limit: float) -> tuple[Outcome, str, Message]:
+    def _admit(
+        self, device: int, reply: Message, params: Tensor, limit: float
+    ) -> tuple[Outcome, str, Message]:
         """Classify a reply; return it with local parameters in place of the update."""
         if reply.has_error():
             return Outcome.of_error(reply.error.code), reply.error.reason or "", reply
         run = self._run
         try:
             self._metrics_of_fit.admit({}, wire.metrics_of(reply))
-            delta = run.update_in(wire.arrays_of(reply))
+            delta = run.update_in(wire.arrays_of(reply), device)
         except EdgelearnError as error:
             return _reject(reply, str(error))
         if not bool(torch.isfinite(delta).all()):
@@ -135,7 +137,8 @@ class ByMessage:
         if int(wire.metrics_of(reply).get("num-examples", 0)) == 0:
             return Outcome.IDLE, "", reply
         content = RecordDict(dict(reply.content))
-        content[next(iter(reply.content.array_records))] = wire.as_local(run.layout, params, delta)
+        local = wire.as_local(run.layout_of(device), run.held_by(device, params), delta)
+        content[next(iter(reply.content.array_records))] = local
         reply.content = content
         return Outcome.OK, "", reply
 
@@ -148,6 +151,7 @@ class ByMessage:
         """
         if not instructions:
             return []
+        self._cut(instructions, roster)
         deadline = self._run.scenario.fleet.deadline_s
         if deadline:
             for message in instructions:
@@ -174,6 +178,26 @@ class ByMessage:
                 self.traffic.up[device] += wire.num_bytes(reply.content)
             answers.append((device, reply))
         return answers
+
+    def _cut(self, instructions: Sequence[Message], roster: Mapping[int, int]) -> None:
+        """Leave in each instruction what its device holds; equal parts share one content."""
+        run = self._run
+        if not run.holdings.widths:
+            return
+        whole = [message.content for message in instructions]
+        made: dict[tuple[int, str], RecordDict] = {}
+        for message, given in zip(instructions, whole, strict=True):
+            part = run.holdings.of_device(roster[message.metadata.dst_node_id])
+            if part is None:
+                continue
+            key = (id(given), part.layout.digest)
+            if key not in made:
+                ((name, arrays),) = given.array_records.items()
+                content = RecordDict(dict(given))
+                held = part.take(wire.decode_params(run.layout, arrays))
+                content[name] = wire.encode_params(part.layout, held)
+                made[key] = content
+            message.content = made[key]
 
 
 def _reject(reply: Message, reason: str) -> tuple[Outcome, str, Message]:

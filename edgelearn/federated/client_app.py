@@ -29,10 +29,8 @@ from flwr.app import ConfigRecord, Context, Message  # isort: skip
 from flwr.clientapp import ClientApp  # isort: skip
 
 if TYPE_CHECKING:
-    from edgelearn.device.learner import Learner
-    from edgelearn.device.learners import Learners
+    from edgelearn.device.learners import FleetLearners
     from edgelearn.device.resident import ResidentDevice
-    from edgelearn.runtime.protocol import Runtime
     from edgelearn.scenario.spec import Scenario
     from edgelearn.scenario.world import World
 
@@ -191,15 +189,17 @@ class _Task:
         from edgelearn.federated import messages as wire
 
         self._index, self._context = device_of(context), context
-        self._world, self._learner, self._runtime = _bench(
-            scenario_from(context.run_config), self._index
-        )
+        self._world, learners = _bench(scenario_from(context.run_config))
+        kind = learners.kinds.of_device(self._index)
+        self._learner, self._runtime = learners.of_kind(kind), learners.runtime(kind)
         self._digest = self._world.scenario.digest
         self.config: ConfigRecord = wire.config_of(message)
         wire.check_digest(self.config, self._digest, self._index)
         self.layout = self._learner.layout
         self.detects = self._learner.detector is not None
         self.codec, self.codec_name = self._learner.codec, self._world.scenario.wire.codec
+        if kind.width < 1:
+            wire.check_cutter(self.config, kind.width)
         self.params = wire.decode_params(self.layout, wire.arrays_of(message))
         self.server_round = int(wire.number_in(self.config, "server-round", 1))
         default = self._world.stream.position(max(self.server_round, 1))
@@ -228,23 +228,14 @@ class _Task:
             )
 
 
-def _bench(scenario: Scenario, device: int) -> tuple[World, Learner, Runtime]:
-    """Return what a device works with."""
-    world, learners, runtime = _benches(scenario)
-    # A device that the fleet does not have is refused by name where it begins to work.
-    return world, learners[device] if device < len(learners.held) else learners.base, runtime
-
-
 @functools.lru_cache(maxsize=2)
-def _benches(scenario: Scenario) -> tuple[World, Learners, Runtime]:
+def _bench(scenario: Scenario) -> tuple[World, FleetLearners]:
     """Build what depends on the scenario alone, once per process."""
-    from edgelearn.device.learners import Learners
-    from edgelearn.runtime.protocol import make_runtime
+    from edgelearn.device.learners import FleetLearners
     from edgelearn.scenario.world import build
 
     world = build(scenario)
-    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
-    return world, Learners.of(world), runtime
+    return world, FleetLearners(world)
 
 
 def _guarded(handler: Callable[[Message, Context], Message]) -> Any:

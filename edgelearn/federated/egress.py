@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import edgelearn
-from edgelearn.compress.codec import Codec
+from edgelearn.compress.codec import Codec, Piece
 from edgelearn.errors import EdgelearnError, EgressError, StrategyError, nearest
 from edgelearn.params import Layout
 
@@ -42,12 +42,14 @@ class Schema:
         scalars: Metric name -> int (a count, from 0 to 2**53) or float (finite).
         counts: Metric name -> length of a list of non-negative whole numbers.
         dtypes: Tensor name -> dtype, where that is not float32.
+        bounds: Names of tensors of one dimension that may be shorter than declared.
     """
 
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     scalars: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    bounds: frozenset[str] = frozenset()
 
     def admit(self, arrays: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Let a reply pass.
@@ -58,7 +60,7 @@ class Schema:
         _same_names("tensor", arrays, self.arrays)
         for name, shape in self.arrays.items():
             dtype = self.dtypes.get(name, torch.float32)
-            _check_tensor(name, arrays[name], shape, dtype)
+            _check_tensor(name, arrays[name], Piece(tuple(shape), dtype, name in self.bounds))
         _same_names("metric", metrics, {**self.scalars, **self.counts})
         for name, kind in self.scalars.items():
             _check_scalar(name, metrics[name], kind)
@@ -106,6 +108,7 @@ def message_schema(codec: Codec, layout: Layout) -> Schema:
     return Schema(
         arrays={name: piece.shape for name, piece in pieces.items()},
         dtypes={name: piece.dtype for name, piece in pieces.items()},
+        bounds=frozenset(name for name, piece in pieces.items() if piece.is_bound),
     )
 
 
@@ -164,12 +167,12 @@ def _same_names(what: str, found: Mapping[str, Any], declared: Mapping[str, Any]
         raise _refusal(f"the declared {what} {missing[0]!r} is missing")
 
 
-def _check_tensor(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_tensor(name: str, value: Any, declared: Piece) -> None:
     if not isinstance(value, Tensor):
         raise _refusal(f"{name!r} is not a tensor", found=type(value).__name__)
-    if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
+    if not declared.admits(value):
         raise _refusal(
-            f"the tensor {name!r} is not {tuple(shape)} {dtype}, as declared",
+            f"the tensor {name!r} is not {declared}, as declared",
             found=f"{tuple(value.shape)} {value.dtype}",
         )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
 from edgelearn.compress.codec import Codec, decoded
+from edgelearn.compress.submodel import Holdings
 from edgelearn.errors import EdgelearnError, RunError
 from edgelearn.federated import messages as wire
 from edgelearn.federated.record import Line
@@ -179,6 +180,7 @@ class Run:
         layout: Layout of the parameters.
         strategy: Flower's strategy, freshly built.
         codec: How updates come; None if as they are.
+        holdings: Which part of the parameters each device holds.
     """
 
     scenario: Scenario
@@ -186,6 +188,7 @@ class Run:
     layout: Layout
     strategy: Strategy
     codec: Codec | None = None
+    holdings: Holdings = field(default_factory=Holdings)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -200,19 +203,36 @@ class Run:
         """Return the config of an instruction."""
         return wire.instruction(digest=self.digest, server_round=server_round, position=position)
 
-    def update_in(self, record: ArrayRecord) -> Tensor:
-        """Return the update [P] that a device's reply holds.
+    def layout_of(self, device: int) -> Layout:
+        """Return the layout of what a device holds of the parameters."""
+        part = self.holdings.of_device(device)
+        return self.layout if part is None else part.layout
+
+    def held_by(self, device: int, params: Tensor) -> Tensor:
+        """Return what a device holds [p] of parameters [P]."""
+        part = self.holdings.of_device(device)
+        return params if part is None else part.take(params)
+
+    def update_in(self, record: ArrayRecord, device: int) -> Tensor:
+        """Return the update [p] that a device's reply holds.
 
         Raises:
             StateError: If it holds none.
         """
+        layout = self.layout_of(device)
         if self.codec is None:
-            return wire.decode_params(self.layout, record)
-        message = wire.decode_message(record, self.codec.pieces(self.layout))
-        return decoded(self.codec, self.layout, message)
+            return wire.decode_params(layout, record)
+        message = wire.decode_message(record, self.codec.pieces(layout))
+        return decoded(self.codec, layout, message)
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the bytes of an update depend on its values."""
+        pieces = {} if self.codec is None else self.codec.pieces(self.layout)
+        return any(piece.is_bound for piece in pieces.values())
 
     def empty_update(self) -> ArrayRecord:
-        """Return a reply's arrays, as many bytes as any device sends."""
+        """Return a reply's arrays, as many bytes as any device sends, or the most that one can."""
         if self.codec is None:
             return wire.encode_params(self.layout, torch.zeros(self.layout.size))
         return wire.empty_message(self.codec.pieces(self.layout))

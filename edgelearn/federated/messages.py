@@ -79,19 +79,18 @@ def decode_message(record: ArrayRecord, pieces: Mapping[str, Piece]) -> dict[str
 
 
 def _piece(name: str, array: Array, piece: Piece) -> Tensor:
-    wanted = f"{tuple(piece.shape)} {piece.dtype}"
     try:
         value = torch.from_numpy(_decoded(array))
     except (ValueError, TypeError, EOFError) as error:
-        raise StateError(f"{name!r} of the message is no array {wanted}: {error}") from error
-    if tuple(value.shape) != tuple(piece.shape) or value.dtype != piece.dtype:
+        raise StateError(f"{name!r} of the message is no array {piece}: {error}") from error
+    if not piece.admits(value):
         found = f"{tuple(value.shape)} {value.dtype}"
-        raise StateError(f"{name!r} of the message is {found}; declared: {wanted}")
+        raise StateError(f"{name!r} of the message is {found}; declared: {piece}")
     return value
 
 
 def empty_message(pieces: Mapping[str, Piece]) -> ArrayRecord:
-    """Return a message of zeros: as many bytes as any other of its codec."""
+    """Return a message of zeros: as many bytes as any other of its codec, or the most of all."""
     zeros = {name: torch.zeros(p.shape, dtype=p.dtype).numpy() for name, p in pieces.items()}
     return encode_message(zeros)
 
@@ -188,6 +187,19 @@ def check_decoder(config: ConfigRecord, codec: str) -> None:
         raise RunError(
             f"the scenario's codec is {codec!r}, and this server does not decode updates: use "
             'edgelearn\'s own loop, or set wire.codec to "none"'
+        )
+
+
+def check_cutter(config: ConfigRecord, width: float) -> None:
+    """Refuse a server that sends whole models to all devices: one without edgelearn's loop.
+
+    Raises:
+        RunError: If it does.
+    """
+    if config.get("edgelearn-wire") != "delta":
+        raise RunError(
+            f"this device holds a sub-model of width {width:g}, and this server sends whole models:"
+            " use edgelearn's own loop, or set fleet.width to 1"
         )
 
 

@@ -17,16 +17,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 import edgelearn
-from edgelearn.device.learner import Learner
-from edgelearn.device.learners import Learners
+from edgelearn.device.learners import FleetLearners
 from edgelearn.errors import StateError
 from edgelearn.federated.loop import RoundLoop
 from edgelearn.federated.record import Line, RunRecord
 from edgelearn.files import exclusive, read_checked, write_atomic
 from edgelearn.params import Layout
-from edgelearn.runtime.protocol import make_runtime
+from edgelearn.scenario.kinds import Kind
 from edgelearn.scenario.load import load, to_toml
-from edgelearn.scenario.spec import Scenario
+from edgelearn.scenario.spec import Scenario, plain
 from edgelearn.scenario.world import World
 
 _SCENARIO, _MODEL = "scenario.toml", "model.safetensors"
@@ -100,24 +99,17 @@ def read_model(directory: Path, layout: Layout) -> Tensor:
 
 
 def run_line(
-    scenario: Scenario, world: World, learners: Learners, engine: Mapping[str, Any]
+    scenario: Scenario, world: World, learners: FleetLearners, engine: Mapping[str, Any]
 ) -> Line:
     """Return the first line of a record.
 
-    Where devices hold different networks, each has an entry, and the sizes are those of the one
-    whose devices need most memory.
+    Its sizes are those of the network that the server holds; where devices keep theirs, of the one
+    that takes most memory.
     """
-    stream = world.stream
-    networks: Line = {}
-    if scenario.model.variants:
-        networks["networks"] = [
-            {
-                "variant": name,
-                "devices": [d for d, held in enumerate(learners.held) if held == name],
-                **_sizes(scenario, world, learner),
-            }
-            for name, learner in learners.by_variant.items()
-        ]
+    stream, learner, kinds = world.stream, learners.whole, world.kinds
+    largest = max(kinds.kinds, key=lambda kind: learners.of_kind(kind).memory_bytes)
+    one = kinds.kinds[0].runtime_args if len(kinds.kinds) == 1 else scenario.runtime.args
+    shown = largest if learner.strategy.keeps_network else Kind("", runtime_args=one)
     orders = None if world.orders is None else world.orders.tolist()
     return {
         "kind": "run",
@@ -133,9 +125,20 @@ def run_line(
         "classes": [list(stream.classes(e)) for e in range(stream.num_experiences)],
         "orders": orders,
         "first_met": world.first_met.tolist() if world.is_uneven else None,
-        "changes": world.changes() if learners.base.detector is not None else None,
-        **_sizes(scenario, world, learners.largest),
-        **networks,
+        "changes": world.changes() if learner.detector is not None else None,
+        **_size(world, learners, shown),
+        "memory_bytes_per_device": learners.of_kind(largest).memory_bytes,
+        "kinds": [
+            {
+                "name": kind.name,
+                "variant": kind.variant,
+                "width": kind.width,
+                "runtime_args": plain(kind.runtime_args),
+                **_size(world, learners, kind),
+            }
+            for kind in kinds.kinds
+        ],
+        "kind_of": None if kinds.places is None else kinds.places.tolist(),
         "client": scenario.client.strategy,
         "server": scenario.server.strategy,
         "runtime": scenario.runtime.name,
@@ -143,16 +146,16 @@ def run_line(
     }
 
 
-def _sizes(scenario: Scenario, world: World, learner: Learner) -> Line:
-    """Return how large a network is, and what a device with it needs."""
-    runtime = make_runtime(scenario.runtime.name, scenario.runtime.args)
-    learner.model.module.eval()
-    prepared = runtime.prepare(learner.model, learner.model.initial())
-    num_parameters = learner.model.layout.num_network
+def _size(world: World, learners: FleetLearners, kind: Kind) -> Line:
+    """Return what a kind's model and learning with it take."""
+    learner = learners.of_kind(kind)
+    model = learner.model
+    model.module.eval()
+    prepared = learners.runtime(kind).prepare(model, model.initial())
     return {
-        "num_parameters": num_parameters,
+        "num_parameters": model.layout.num_network,
         "model_bytes": {
-            "float": 4 * num_parameters,
+            "float": 4 * model.layout.num_network,
             "served": prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes,
         },
         "memory_bytes_per_device": learner.memory_bytes,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
 from edgelearn import plugins
 from edgelearn.errors import Fault, ScenarioError, StateError, nearest
+from edgelearn.federated.heterofl import HeteroFL
 from edgelearn.params import Layout
 from edgelearn.scenario.spec import Scenario
 
@@ -23,6 +24,9 @@ from flwr.serverapp.strategy import Strategy  # isort: skip
 
 # Not strategies that average tensors of one model: they wrap another one, or aggregate trees.
 _NOT_BY_NAME = ("DifferentialPrivacy", "FedXgb", "Result", "Strategy")
+
+# Beside Flower's, those that it lacks.
+_OWN: dict[str, type[Strategy]] = {"HeteroFL": HeteroFL}
 
 _STEPPING = (
     flower.FedAdagrad,
@@ -34,8 +38,8 @@ _STEPPING = (
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Return the names of Flower's strategies that a scenario can name."""
-    return tuple(n for n in sorted(flower.__all__) if not n.startswith(_NOT_BY_NAME))
+    """Return the names of the strategies that a scenario can name: Flower's, and HeteroFL."""
+    return tuple(n for n in sorted([*flower.__all__, *_OWN]) if not n.startswith(_NOT_BY_NAME))
 
 
 def make_server_strategy(scenario: Scenario) -> Strategy:
@@ -53,7 +57,7 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
     if ":" in reference:
         kind = plugins.resolve(reference, plugins.SERVER_STRATEGIES)
     elif reference in strategy_names():
-        kind = getattr(flower, reference)
+        kind = _OWN.get(reference) or getattr(flower, reference)
     else:
         message = (
             f"unknown name {reference!r}{nearest(reference, strategy_names())}; allowed: "
@@ -74,7 +78,20 @@ def make_server_strategy(scenario: Scenario) -> Strategy:
     except (TypeError, ValueError) as error:
         fault = Fault("server", "args", str(error))
         raise ScenarioError(scenario.name, [fault]) from error
+    _refuse_parts(strategy, scenario)
     return strategy
+
+
+def _refuse_parts(strategy: Strategy, scenario: Scenario) -> None:
+    """Refuse devices that hold parts of the model to strategies that take whole ones."""
+    if any(width < 1 for width in scenario.fleet.width.values()) and not isinstance(
+        strategy, HeteroFL
+    ):
+        message = (
+            f"{type(strategy).__name__} aggregates whole models, and some devices hold a part "
+            "(fleet.width); allowed: HeteroFL, or a class derived from it"
+        )
+        raise ScenarioError(scenario.name, [Fault("server", "strategy", message)])
 
 
 def refuse_to_step(strategy: Strategy, layout: Layout, scenario: Scenario) -> None:

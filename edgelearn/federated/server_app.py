@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import edgelearn.federated._flwr_compat  # noqa: F401 - before flwr
-from edgelearn.device.learners import Learners
+from edgelearn.device.learners import FleetLearners
 from edgelearn.errors import RunError
 from edgelearn.federated import rundir
 from edgelearn.federated.by_message import ByMessage
@@ -91,8 +91,8 @@ def serve(
     """
     _check_directory(out, scenario)
     world = build(scenario)
-    learners, strategy = Learners.of(world), make_server_strategy(scenario)
-    learner = learners.base
+    learners, strategy = FleetLearners(world), make_server_strategy(scenario)
+    learner, holdings = learners.whole, learners.holdings()
     refuse_to_step(strategy, learner.layout, scenario)
     with rundir.locked(out):  # nothing is written before the scenario has proved to be whole
         if (record := rundir.finished(out)) is not None:
@@ -117,7 +117,8 @@ def serve(
         fleet = NetworkFleet(
             grid, scenario, run=run, wait_s=wait_s, round_timeout_s=round_timeout_s
         )
-        whole = Run(scenario, world.stream, learner.layout, strategy, learner.codec)
+        layout = learner.layout
+        whole = Run(scenario, world.stream, layout, strategy, learner.codec, holdings)
         loop = RoundLoop(
             scenario=scenario,
             stream=world.stream,
@@ -130,7 +131,7 @@ def serve(
         params = loop.run(learner.initial(), checkpoint)
         wall_s, used_s = time.perf_counter() - started, rundir.cpu_s() - cpu
         journal.append(rundir.end_line(scenario, loop, wall_s=wall_s, cpu_s=used_s))
-        rundir.write_model(out, learner.layout, params)
+        rundir.write_model(out, layout, params)
         return journal.record()
 
 

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgelearn.continual.memory import Memory
+from edgelearn.continual.memory import kept
 from edgelearn.continual.strategy import ROUND_HOOKS
 from edgelearn.device.fleet_store import UNWRITTEN
 from edgelearn.device.learner import Learner, make_learner
@@ -53,6 +53,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         tries_hooks: Whether to find out, by calling them here, if hooks and network that no
             written-out pass knows can be stacked; else they can't.
     """
+    if (reason := together.holds_parts(world)) is not None:
+        return reason
     layout = learner.model.layout
     if rows_in_cache(layout.size) < _FEWEST:
         return f"fewer than {_FEWEST} networks of {layout.size:,} parameters fit into the cache"
@@ -60,7 +62,7 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return "the network has convolutions, which are slower in a stack"
     if learner.detector is not None:
         return together.DETECTS
-    if (reason := together.feeds_back(learner)) is not None:
+    if (reason := together.feeds_back(learner) or together.saves_memory(learner)) is not None:
         return reason
     obstacle = _not_written_out(world, learner)
     if obstacle is None or not tries_hooks:
@@ -196,7 +198,14 @@ class BatchedEngine:
         self, cohort: CohortFit, params: Tensor, updates: Tensor, train: together.Train
     ) -> CohortDone:
         return together.fit(
-            cohort, params, updates, self._world, self._learner, train, self._rest.run
+            cohort,
+            params,
+            updates,
+            self._world,
+            self._learner,
+            self._memories,
+            train,
+            self._rest.run,
         )
 
     def _fit_vmapped(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
@@ -220,28 +229,17 @@ class BatchedEngine:
     def _fit_alike(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         if len(cohort) < _FEWEST:
             return self._rest.fit(cohort, params, updates)
-        remembered: dict[int, Memory] = {}
-        train = partial(self._train_vmapped, remembered)
         try:
-            done = self._fit(cohort, params, updates, train)
+            return self._fit(cohort, params, updates, self._train_vmapped)
         except _NoStackError as error:  # one by one, what a hook raises is its device's failure
             _log.info("%d devices train one by one: %s", len(cohort), error)
             return self._rest.fit(cohort, params, updates)
-        if self._learner.strategy.overrides("after_step"):
-            slots = dict(zip(cohort.devices.tolist(), cohort.write_slots.tolist(), strict=True))
-            for row, device in enumerate(cohort.devices.tolist()):
-                if device in remembered and done.num_steps[row]:
-                    memory = remembered[device]
-                    done.checksums[row] = self._memories.write(device, slots[device], memory)
-        return done
 
-    def _train_vmapped(
-        self, remembered: dict[int, Memory], cohort: CohortFit, params: Tensor, out: Tensor
-    ) -> together.Trained:
-        """Train all of a cohort as one stack; note what each device remembers then."""
+    def _train_vmapped(self, cohort: CohortFit, params: Tensor, out: Tensor) -> together.Trained:
+        """Train all of a cohort as one stack."""
         learner, places = self._learner, (cohort.devices, cohort.read_slots)
         initial = learner.initial_state().memory
-        memory = {name: self._gathered(name, *places, initial[name]) for name in initial}
+        given = {name: self._gathered(name, *places, initial[name]) for name in initial}
         ids, starts = self._world.train_ids(
             cohort.devices, cohort.position, server_round=cohort.server_round
         )
@@ -249,14 +247,14 @@ class BatchedEngine:
             Samples(self._world.train, own)
             for own in torch.split(torch.from_numpy(ids), np.diff(starts).tolist())
         ]
-        learners = Learners(samples, together.seeds_of(learner.seed, cohort), memory)
+        learners = Learners(samples, together.seeds_of(learner.seed, cohort), given)
         mu = cohort.proximal_mu + learner.strategy.proximity()
         found, memory = _stacked(learner, params, learners, mu)
-        for k, device in enumerate(cohort.devices.tolist()):
-            remembered[device] = Memory({name: rows[k] for name, rows in memory.items()})
         torch.sub(found.params, params, out=out)
         norms = torch.linalg.vector_norm(out, dim=1).numpy().astype(np.float64)
-        return together.Trained(found.loss, found.num_steps, found.num_samples, norms)
+        stored = kept(learner.declaration)
+        new = {n: rows for n, rows in memory.items() if n in stored and rows is not given[n]}
+        return together.Trained(found.loss, found.num_steps, found.num_samples, norms, new)
 
     def _gathered(self, name: str, devices: Integers, slots: Integers, initial: Tensor) -> Tensor:
         """Return one tensor of what many devices remember [K, ...]."""
@@ -284,8 +282,12 @@ class BatchedEngine:
                 for name in (pull.curvature, pull.anchor)
             )
             everyone = replace(everyone, curvature=curvature, anchor=anchor)
+        new: dict[str, Tensor] = {}
+        if (path := strategy.path()) is not None:
+            new[path.charge] = torch.from_numpy(self._memories.gather(path.charge, *places, fill=0))
+            everyone = replace(everyone, charge=new[path.charge].clone())
         largest_first = np.argsort(-everyone.sizes, kind="stable")
-        trained = together.Trained.empty(len(cohort))
+        trained = replace(together.Trained.empty(len(cohort)), kept=new)
         for start in range(0, len(cohort), self._rows):
             rows = largest_first[start : start + self._rows]
             found = train_stack(
@@ -298,7 +300,11 @@ class BatchedEngine:
                 proximal_mu=cohort.proximal_mu + self._learner.strategy.proximity(),
             )
             out[torch.from_numpy(rows)] = found.params.sub_(params)
+            if path is not None and found.charge is not None:
+                new[path.charge][torch.from_numpy(rows)] = found.charge
             trained.loss[rows], trained.num_steps[rows] = found.loss, found.num_steps
             trained.num_samples[rows] = found.num_samples
         trained.norms[:] = torch.linalg.vector_norm(out, dim=1).numpy()
+        if path is not None and path.moved is not None:
+            new[path.moved] = together.moved(self._memories, path.moved, cohort, out)
         return trained

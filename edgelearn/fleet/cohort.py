@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
+from edgelearn.compress.submodel import Holdings
 from edgelearn.device.fleet_store import FleetStore
 from edgelearn.device.profile import Profile
 from edgelearn.federated import messages as wire
@@ -48,11 +49,23 @@ class CohortExecutor:
         profiles: Sequence[Profile],
         layout: Layout,
         *,
-        flops_per_sample: float | NDArray[np.float64],
+        flops_per_sample: NDArray[np.float64],
+        holdings: Holdings,
     ) -> None:
+        """Make it.
+
+        Args:
+            world: The scenario's world.
+            engine: What does the work.
+            store: The devices' state.
+            profiles: Of each device.
+            layout: Of the global parameters [P].
+            flops_per_sample: Of one forward pass on each device.
+            holdings: Which part of the parameters each device holds.
+        """
         self._world, self._engine, self._store = world, engine, store
-        self._profiles, self._layout = profiles, layout
-        self._flops_per_sample = np.broadcast_to(flops_per_sample, len(profiles))
+        self._profiles, self._layout, self._holdings = profiles, layout, holdings
+        self._flops_per_sample = flops_per_sample
         self._digest = world.scenario.digest
         self._serial = 0
         self.energy_j = 0.0
@@ -70,12 +83,17 @@ class CohortExecutor:
             deliveries.update(self._run([(i, instructions[i]) for i in batch]))
         return [deliveries[i] for i in range(len(instructions))]
 
+    def _layout_of(self, device: int) -> Layout:
+        part = self._holdings.of_device(device)
+        return self._layout if part is None else part.layout
+
     def _run(self, batch: Sequence[tuple[int, Message]]) -> Mapping[int, Delivery]:
-        params = wire.decode_params(self._layout, wire.arrays_of(batch[0][1]))
+        layout = self._layout_of(batch[0][1].metadata.dst_node_id - 1)
+        params = wire.decode_params(layout, wire.arrays_of(batch[0][1]))
         self._serial += 1
         jobs = [self._job(row, message) for row, (_, message) in enumerate(batch)]
         fits = jobs[0].phase is Phase.FIT
-        updates = torch.zeros(len(jobs), self._layout.size if fits else 0)
+        updates = torch.zeros(len(jobs), layout.size if fits else 0)
         results = self._engine.run(jobs, params, updates)
         out = {}
         for (index, message), job, done in zip(batch, jobs, results, strict=True):
@@ -112,8 +130,9 @@ class CohortExecutor:
             )
             done = self._engine.fit(cohort, asked.params, self._updates)
             self._keep_all(devices, done)
-            failures, seconds = self._timed(asked, devices, done.errors, done.num_samples)
-            sent = done.num_examples, done.loss, done.norms
+            up = _bytes_up(asked, done)
+            failures, seconds = self._timed(asked, devices, done.errors, done.num_samples, up)
+            sent = done.num_examples, done.loss, done.norms, up
             yield CohortUpdates(devices, self._updates, *sent, failures, done.alarms), seconds
 
     def _keep_all(self, devices: Integers, done: CohortDone) -> None:
@@ -138,23 +157,28 @@ class CohortExecutor:
         for job, done in zip(jobs, results, strict=True):
             self._keep(job, done)
         errors = {done.row: done.error for done in results if done.error is not None}
-        none = np.zeros(len(jobs), np.int64)
-        failures, seconds = self._timed(asked, asked.devices, errors, none)
+        none, up = np.zeros(len(jobs), np.int64), np.full(len(jobs), asked.bytes_up)
+        failures, seconds = self._timed(asked, asked.devices, errors, none, up)
         return [done.metrics for done in results], failures, seconds
 
     def _timed(
-        self, asked: Asked, devices: Integers, errors: Mapping[int, str], num_samples: Integers
+        self,
+        asked: Asked,
+        devices: Integers,
+        errors: Mapping[int, str],
+        num_samples: Integers,
+        bytes_up: Integers,
     ) -> tuple[Failures, float]:
         """Book virtual time; what takes longer than an instruction lives is too late."""
         # As Profile.transfer_s, train_s and energy_j have it, to the last bit.
         down_s = asked.bytes_down / self._downlink_mbps[devices]
-        up_s = asked.bytes_up / self._uplink_mbps[devices]
+        up_s = bytes_up / self._uplink_mbps[devices]
         train_flops = 3 * self._flops_per_sample[devices] * num_samples
         train_s = train_flops / (self._train_gflops[devices] * 1e9)
         latency_s = 8e-6 * (down_s + up_s) + train_s
         failures = {row: (Outcome.FAILED, reason) for row, reason in errors.items()}
         latency_s[list(failures)] = 0.0
-        radio_j = self._radio_j_per_mb[devices] * (asked.bytes_down + asked.bytes_up) / 1e6
+        radio_j = self._radio_j_per_mb[devices] * (asked.bytes_down + bytes_up) / 1e6
         energy_j = self._power_w[devices] * train_s + radio_j
         energy_j[list(failures)] = 0.0
         self.energy_j += float(energy_j.sum())
@@ -224,24 +248,35 @@ class CohortExecutor:
             return Delivery(Error(compat.ErrorCode.RAISED, done.error))
         arrays = None
         if job.phase is Phase.FIT:
-            arrays = self._arrays(message, done, update, params)
+            arrays = self._arrays(message, job.device, done, update, params)
         content = wire.reply_content(done.metrics, arrays)
         profile = self._profiles[job.device]
         down, up = wire.num_bytes(message.content), wire.num_bytes(content)
         transfer_s = profile.transfer_s(bytes_down=down, bytes_up=up)
         # A training step costs about three forward passes.
-        train_s = profile.train_s(3 * float(self._flops_per_sample[job.device]) * done.num_samples)
+        flops = 3 * float(self._flops_per_sample[job.device]) * done.num_samples
+        train_s = profile.train_s(flops)
         self.energy_j += profile.energy_j(train_s=train_s, num_bytes=down + up)
         return Delivery(content, transfer_s + train_s)
 
     def _arrays(
-        self, instruction: Message, done: Done, update: Tensor, params: Tensor
+        self, instruction: Message, device: int, done: Done, update: Tensor, params: Tensor
     ) -> ArrayRecord:
         """Return what a device's reply holds: what its codec made, or what was asked for."""
         if done.message is not None:
             return wire.encode_message(done.message)
         as_delta = wire.config_of(instruction).get("edgelearn-wire") == "delta"
-        return wire.encode_params(self._layout, update if as_delta else params + update)
+        values = update if as_delta else params + update
+        return wire.encode_params(self._layout_of(device), values)
+
+
+def _bytes_up(asked: Asked, done: CohortDone) -> Integers:
+    """Return the bytes of each device's reply [K]; of one that failed, the most."""
+    bytes_up = np.full(len(done.norms), asked.bytes_up)
+    if asked.bytes_vary:
+        for row, message in done.messages.items():
+            bytes_up[row] += wire.encode_message(message).count_bytes() - asked.bytes_vary
+    return bytes_up
 
 
 def rows_in_memory(size: int) -> int:

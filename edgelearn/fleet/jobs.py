@@ -258,7 +258,7 @@ class Engine(Protocol):
 
         Args:
             jobs: One per device, rows 0..K-1.
-            params: Global parameters [P].
+            params: Global parameters [P], or the part of them that the jobs' devices hold.
             updates: Where the updates go [K, P], float32: row k is that of the job with row k; with
                 a codec, what the server decodes.
 

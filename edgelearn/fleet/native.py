@@ -8,6 +8,7 @@ evaluation, a device that has to catch up) is done as the reference tier does it
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -27,6 +28,7 @@ from edgelearn.scenario.world import World
 from edgelearn.stack import Conv2d, Flatten, Layer, Linear, MaxPool2d, NotAStackError, Stack
 
 MISSING = "edgelearn-native is not installed"
+_FIRST_WITH_PATHS = (0, 1, 1)
 
 
 def is_installed() -> bool:
@@ -34,15 +36,26 @@ def is_installed() -> bool:
     return importlib.util.find_spec("edgelearn_native") is not None
 
 
+def _version() -> tuple[int, ...]:
+    import edgelearn_native
+
+    return tuple(int(part) for part in re.findall(r"\d+", edgelearn_native.__version__)[:3])
+
+
 def why_not(world: World, learner: Learner) -> str | None:
     """Return what keeps a scenario from the native tier; None if nothing does."""
     if not is_installed():
         return MISSING
+    if (reason := together.holds_parts(world)) is not None:
+        return reason
     if (reason := together.not_declared(learner)) is not None:
         return reason
     pull = learner.strategy.pull()
     if pull is not None and pull.is_explicit:
         return f"{type(learner.strategy).__name__} takes its penalty as a gradient"
+    if learner.strategy.path() is not None and _version() < _FIRST_WITH_PATHS:
+        first = ".".join(map(str, _FIRST_WITH_PATHS))
+        return f"edgelearn-native is too old to keep a path integral; from {first} on it does"
     if world.train.meanings is not None:
         return "the meaning of labels changes between domains"
     try:
@@ -92,7 +105,14 @@ class NativeEngine:
     def fit(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:
         """Train a cohort in one call, apart from devices that have to catch up first."""
         return together.fit(
-            cohort, params, updates, self._world, self._learner, self._train, self._rest.run
+            cohort,
+            params,
+            updates,
+            self._world,
+            self._learner,
+            self._memories,
+            self._train,
+            self._rest.run,
         )
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
@@ -109,11 +129,14 @@ class NativeEngine:
 
     def _train(self, cohort: CohortFit, params: Tensor, out: Tensor) -> together.Trained:
         """Train all of a cohort in one call."""
-        spec = self._learner.spec
+        spec, path = self._learner.spec, self._learner.strategy.path()
         ids, starts = self._world.train_ids(
             cohort.devices, cohort.position, server_round=cohort.server_round
         )
         seeds = together.seeds_of(self._learner.seed, cohort)
+        declared, kept = self._declared(cohort), self._charges(cohort)
+        if path is not None:
+            declared["charge"] = kept[path.charge].numpy()
         loss, steps, passed = self._plan.fit(
             self._data,
             params.numpy(),
@@ -129,11 +152,21 @@ class NativeEngine:
             weight_decay=spec.weight_decay,
             proximal_mu=cohort.proximal_mu + self._learner.strategy.proximity(),
             num_threads=self._num_threads,
-            **self._declared(cohort),
+            **declared,
         )
+        if path is not None and path.moved is not None:
+            kept[path.moved] = together.moved(self._memories, path.moved, cohort, out)
         finite, norms = np.empty(len(cohort), bool), np.empty(len(cohort))
         self._kernels.finite_rows(out.numpy(), finite, norms, self._num_threads)
-        return together.Trained(loss, steps, passed, norms)
+        return together.Trained(loss, steps, passed, norms, kept)
+
+    def _charges(self, cohort: CohortFit) -> dict[str, Tensor]:
+        """Return the path integrals so far [K, T], by name, if any are kept."""
+        path = self._learner.strategy.path()
+        if path is None:
+            return {}
+        places = cohort.devices, cohort.read_slots
+        return {path.charge: torch.from_numpy(self._memories.gather(path.charge, *places, fill=0))}
 
     def _declared(self, cohort: CohortFit) -> dict[str, Any]:
         """Return the arguments for what the strategy declares."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgelearn.device.learner import Learner
 from edgelearn.errors import RunError, nearest
-from edgelearn.fleet import batched, native, ray
+from edgelearn.fleet import batched, native, ray, together
+from edgelearn.params import FlatModel
 from edgelearn.scenario.spec import ENGINES
-from edgelearn.scenario.variants import BASE
 from edgelearn.scenario.world import World
 
 # Below this much training in a round, starting workers and handing out jobs costs more than a
@@ -68,7 +67,7 @@ def make_plan(
     obstacles = {
         "native": native.why_not(world, learner),
         "batched": batched.why_not(world, learner, tries_hooks=engine == "batched"),
-        "ray": None if ray.is_installed() else ray.MISSING,
+        "ray": together.holds_parts(world) if ray.is_installed() else ray.MISSING,
     }
     if (obstacle := obstacles.get(engine)) is not None:
         raise RunError(f"the {engine} engine can't run this scenario: {obstacle}")
@@ -110,25 +109,17 @@ def _without_compiler(
     return "reference", 1, f"{work / 1e9:.3g} GFLOP a round is not worth starting workers"
 
 
-def flops_per_device(world: World, of_base: float) -> NDArray[np.float64]:
-    """Return the floating-point operations of one forward pass on each device [D].
-
-    Args:
-        world: The scenario's world.
-        of_base: Those of the network of `[model]`.
-    """
-    flops = {name: forward_flops(world, name) for name in world.scenario.model.variants}
-    flops[BASE] = of_base
-    return np.array([flops[name] for name in world.variants])
-
-
-def forward_flops(world: World, variant: str = BASE) -> float:
+def forward_flops(world: World, model: FlatModel | None = None) -> float:
     """Count the floating-point operations of one forward pass of one sample.
 
     Two for each weight of a linear or convolution layer and place where it is applied; what is
     between these layers is left out. (torch's own counter imports its compiler: 80 MB, a second.)
+
+    Args:
+        world: The scenario's world.
+        model: A network in place of the scenario's.
     """
-    module = world.model(variant).module.eval()
+    module = copy.deepcopy((model or world.model()).module).eval()
     total = 0.0
 
     def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Pool tier: workbenches in worker processes, with parameters and updates in shared memory.
+"""Pool tier: workshops in worker processes, with parameters and updates in shared memory.
 
 Workers are started once. Pipes carry jobs and results, never tensors. Each worker has a pipe of
 its own and gets its next jobs when it is done with the last, the longest jobs first: who does what
@@ -28,7 +28,7 @@ from torch import Tensor
 from edgelearn.errors import RunError
 from edgelearn.fleet.evaluation import pieces
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
-from edgelearn.fleet.workbench import Workbench
+from edgelearn.fleet.workbench import Workshop
 from edgelearn.scenario.world import World
 
 _PRELOAD = ["torch", "edgelearn.fleet.workbench"]
@@ -55,7 +55,7 @@ class PoolEngine:
             store_path: The fleet's state.
             num_workers: Processes.
             cohort: Devices that can send an update in one call of `run`.
-            num_params: Length of a parameter vector, P.
+            num_params: Length of the longest parameter vector, P.
         """
         self._params = torch.zeros(num_params)
         self._updates = torch.zeros(cohort, num_params)
@@ -85,7 +85,7 @@ class PoolEngine:
 
     def run(self, jobs: Sequence[Job], params: Tensor, updates: Tensor) -> list[Done]:
         """Do all jobs, the longest first, on whichever worker is free."""
-        self._params.copy_(params)
+        self._params[: len(params)] = params  # a part, where the jobs' devices hold one
         capacity = len(self._updates)
         if updates.numel() and len(jobs) > capacity:  # in waves that fit the shared memory
             done = []
@@ -121,7 +121,7 @@ class PoolEngine:
                 self._take_in(worker, queue, done)
         with_update = [job.row for job in jobs if done[job.row].error is None]
         if updates.numel() and updates.data_ptr() != self._updates.data_ptr():
-            updates[with_update] = self._updates[with_update]
+            updates[with_update] = self._updates[with_update, : updates.shape[1]]
         return [done[job.row] for job in jobs]
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:
@@ -201,7 +201,7 @@ def _work(
     """Body of a worker process."""
     torch.set_num_threads(1)
     try:
-        bench = Workbench(world, store_path)
+        shop = Workshop(world, store_path)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         return
@@ -210,11 +210,13 @@ def _work(
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while (work := pipe.recv()) is not None:
             for piece in work:
+                held = shop.num_params(piece[0].device)
+                given = params[:held]
                 if piece[0].phase is Phase.EVALUATE:
-                    for result in bench.evaluate(piece, params):
+                    for result in shop.evaluate(piece, given):
                         pipe.send(result)
                     continue
                 for job in piece:
-                    update = updates[job.row] if job.phase is Phase.FIT else none
-                    pipe.send(bench.perform(job, params, update))
+                    update = updates[job.row, :held] if job.phase is Phase.FIT else none
+                    pipe.send(shop.perform(job, given, update))
     os._exit(0)  # skip torch's slow teardown; everything is in shared memory

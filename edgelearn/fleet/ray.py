@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
-from edgelearn.device.learners import Learners
+from edgelearn.device.fleet_store import UNWRITTEN, RecordFile, RecordLayout
+from edgelearn.device.learners import FleetLearners
 from edgelearn.fleet.evaluation import pieces
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Engine, Job, Phase
 from edgelearn.scenario.world import World
@@ -76,7 +76,7 @@ class RayEngine:
             if os.environ.get("RAY_ADDRESS"):
                 where = {}
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-        layout = Learners.of(world).record()
+        layout = _record(world)
         self._remembers = bool(layout.declaration)
         self._file = RecordFile(store_path, layout, world.scenario.fleet.num_devices)
         remote = ray.remote(num_cpus=1)(_Site)
@@ -206,12 +206,18 @@ class RayEngine:
         }
 
 
+def _record(world: World) -> RecordLayout:
+    """Return the layout of a device's record, as it travels."""
+    learners = FleetLearners(world)
+    return learners.record(world.kinds.kinds[0])
+
+
 class _Site:
     """An actor: an engine of its own, over a file that holds what the actor was handed."""
 
     def __init__(self, world: World, open_inner: OpenInner) -> None:
         torch.set_num_threads(1)
-        layout = Learners.of(world).record()
+        layout = _record(world)
         # The file is mapped, so its name can go at once: a killed actor leaves nothing behind.
         with tempfile.TemporaryDirectory(prefix="edgelearn-ray-") as folder:
             path = Path(folder) / "devices.bin"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgelearn.fleet.evaluation import pieces
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job, Phase, fit_by_jobs, weighted_sum
-from edgelearn.fleet.workbench import Workbench
+from edgelearn.fleet.workbench import Workshop
 from edgelearn.scenario.world import World
 
 
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 @final
 class ReferenceEngine:
-    """One workbench, one thread; what is not training can be shared by several."""
+    """One workshop, one thread; what is not training can be shared by several."""
 
     def __init__(self, world: World, store_path: Path, *, num_threads: int = 1) -> None:
         """Make ready.
@@ -41,10 +41,10 @@ class ReferenceEngine:
         Args:
             world: The scenario's world.
             store_path: The fleet's state.
-            num_threads: Threads that consolidate and evaluate, each at a bench of its own.
+            num_threads: Threads that consolidate and evaluate, each in a workshop of its own.
         """
         self._world = world
-        self._benches = [Workbench(world, store_path) for _ in range(num_threads)]
+        self._shops = [Workshop(world, store_path) for _ in range(num_threads)]
         self._threads: ThreadPoolExecutor | None = None
         if num_threads > 1:
             # The number of threads of an operation belongs to the thread that starts it.
@@ -69,7 +69,7 @@ class ReferenceEngine:
         trains = any(job.phase is Phase.FIT for job in jobs)
         with one_thread():
             if self._threads is None or trains or len(cut) < 2:
-                found = [_do(self._benches[0], piece, params, updates) for piece in cut]
+                found = [_do(self._shops[0], piece, params, updates) for piece in cut]
             else:
                 found = self._in_threads(self._threads, cut, params, updates)
         return [done for results in found for done in results]
@@ -77,16 +77,16 @@ class ReferenceEngine:
     def _in_threads(
         self, threads: ThreadPoolExecutor, cut: list[list[Job]], params: Tensor, updates: Tensor
     ) -> list[list[Done]]:
-        free = SimpleQueue[Workbench]()
-        for bench in self._benches:
-            free.put(bench)
+        free = SimpleQueue[Workshop]()
+        for shop in self._shops:
+            free.put(shop)
 
         def work(piece: list[Job]) -> list[Done]:
-            bench = free.get()
+            shop = free.get()
             try:
-                return _do(bench, piece, params, updates)
+                return _do(shop, piece, params, updates)
             finally:
-                free.put(bench)
+                free.put(shop)
 
         return list(threads.map(work, cut))
 
@@ -111,7 +111,7 @@ class ReferenceEngine:
             self._threads.shutdown()
 
 
-def _do(bench: Workbench, piece: list[Job], params: Tensor, updates: Tensor) -> list[Done]:
+def _do(shop: Workshop, piece: list[Job], params: Tensor, updates: Tensor) -> list[Done]:
     if piece[0].phase is Phase.EVALUATE:
-        return bench.evaluate(piece, params)
-    return [bench.perform(job, params, updates[job.row]) for job in piece]
+        return shop.evaluate(piece, params)
+    return [shop.perform(job, params, updates[job.row]) for job in piece]

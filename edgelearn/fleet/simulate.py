@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
+from edgelearn.compress.submodel import Holdings
 from edgelearn.device.fleet_store import FleetStore
-from edgelearn.device.learners import Learners
+from edgelearn.device.learners import FleetLearners
 from edgelearn.device.profile import Profile, assign
 from edgelearn.errors import Fault, RunError, ScenarioError, nearest
 from edgelearn.federated import rundir
@@ -27,10 +30,9 @@ from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy, refuse_to_step
 from edgelearn.fleet.engines import open_engine
-from edgelearn.fleet.plan import Plan, flops_per_device, make_plan
+from edgelearn.fleet.plan import Plan, forward_flops, make_plan
 from edgelearn.fleet.reference import one_thread
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
-from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.spec import FEDERATIONS, Scenario
 from edgelearn.scenario.world import World, build
 
@@ -137,7 +139,8 @@ class _Setup:
     """All that a run is built from, each part checked."""
 
     world: World
-    learners: Learners
+    learners: FleetLearners
+    holdings: Holdings
     strategy: Strategy
     profiles: tuple[Profile, ...]
     plan: Plan
@@ -148,16 +151,18 @@ class _Setup:
 def _prepare(scenario: Scenario, options: _Options) -> _Setup:
     compat.quieten()
     world = build(scenario)
-    learners = Learners.of(world)
-    learner = learners.base
-    make_runtime(scenario.runtime.name, scenario.runtime.args)
+    learners = FleetLearners(world)
+    learner, holdings = learners.whole, learners.holdings()
+    for kind in world.kinds.kinds:
+        learners.of_kind(kind)
+        learners.runtime(kind)
     profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
     _check_budgets(learners, profiles, scenario)
     plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
     strategy = make_server_strategy(scenario)
     refuse_to_step(strategy, learner.layout, scenario)
     fused = _is_fused(strategy, options.federation)
-    return _Setup(world, learners, strategy, profiles, plan, fused, options)
+    return _Setup(world, learners, holdings, strategy, profiles, plan, fused, options)
 
 
 def _is_fused(strategy: Strategy, asked: str) -> bool:
@@ -177,7 +182,7 @@ def _is_fused(strategy: Strategy, asked: str) -> bool:
 
 def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> RunRecord:
     params, record = _run(setup, FileJournal(directory), directory, checkpoint)
-    rundir.write_model(directory, setup.learners.base.layout, params)
+    rundir.write_model(directory, setup.learners.whole.layout, params)
     return record
 
 
@@ -192,27 +197,36 @@ def _run_on_one_thread(
     setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
 ) -> tuple[Tensor, RunRecord]:
     started, cpu = time.perf_counter(), rundir.cpu_s()
-    world, learner, plan = setup.world, setup.learners.base, setup.plan
+    world, learners, plan = setup.world, setup.learners, setup.plan
+    learner = learners.whole
     scenario = world.scenario
     store = FleetStore(
         directory / "devices.bin",
         learner.declaration,
         scenario.fleet.num_devices,
         None if checkpoint is None else tables_of(checkpoint.tensors),
-        record_bytes=setup.learners.record().size,
+        record_bytes=learners.record_bytes,
     )
     with contextlib.closing(open_engine(world, store.path, plan)) as engine:
         if checkpoint is None:
-            journal.append(rundir.run_line(scenario, world, setup.learners, _engine_line(setup)))
+            journal.append(rundir.run_line(scenario, world, learners, _engine_line(setup)))
         fleet = SimulatedFleet(
             world,
             engine,
             store,
             setup.profiles,
             learner.layout,
-            flops_per_sample=flops_per_device(world, plan.flops_per_sample),
+            flops_per_sample=_flops(setup),
+            holdings=setup.holdings,
         )
-        whole = Run(scenario, world.stream, learner.layout, setup.strategy, learner.codec)
+        whole = Run(
+            scenario,
+            world.stream,
+            learner.layout,
+            setup.strategy,
+            learner.codec,
+            setup.holdings,
+        )
         exchange: Exchange = ByMessage(whole, fleet.grid, fleet)
         if setup.is_fused:
             exchange = ByCohort(whole, fleet)
@@ -242,12 +256,23 @@ def _engine_line(setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _check_budgets(learners: Learners, profiles: Sequence[Profile], scenario: Scenario) -> None:
+def _flops(setup: _Setup) -> NDArray[np.float64]:
+    """Return the floating-point operations of a forward pass on each device [D]."""
+    world, learners, kinds = setup.world, setup.learners, setup.world.kinds
+    of_kind = [forward_flops(world, learners.of_kind(kind).model) for kind in kinds.kinds]
+    return np.array(of_kind)[kinds.places_of(len(setup.profiles))]
+
+
+def _check_budgets(
+    learners: FleetLearners, profiles: Sequence[Profile], scenario: Scenario
+) -> None:
     """Refuse a scenario whose learning does not fit a device's memory."""
-    kinds = {(p.name, held): p for p, held in zip(profiles, learners.held, strict=True)}
-    for (_, held), profile in kinds.items():
-        learner = learners.by_variant[held]
-        # Parameters, gradients and the float copy in service; the strategy's memory; one batch.
+    places = learners.kinds.places_of(len(profiles)).tolist()
+    # Parameters, gradients and the float copy in service; the strategy's memory; one batch.
+    for place, profile in {
+        (place, p.name): (place, p) for place, p in zip(places, profiles, strict=True)
+    }.values():
+        learner = learners.of_kind(learners.kinds.kinds[place])
         needed = 3 * 4 * learner.model.layout.size + learner.memory_bytes
         needed += scenario.client.batch_size * 4 * learner.facts.sample_bytes
         if needed > profile.memory_mib * 2**20:

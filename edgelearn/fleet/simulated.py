@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelearn.compress.submodel import Holdings
 from edgelearn.device.fleet_store import FleetStore, Tables
 from edgelearn.device.profile import Profile
 from edgelearn.errors import RunError
@@ -39,7 +40,8 @@ class SimulatedFleet:
         profiles: Sequence[Profile],
         layout: Layout,
         *,
-        flops_per_sample: float | NDArray[np.float64],
+        flops_per_sample: NDArray[np.float64],
+        holdings: Holdings,
     ) -> None:
         self._scenario, self._store, self._engine = world.scenario, store, engine
         self._stream, self._presence = world.stream, world.presence
@@ -47,7 +49,13 @@ class SimulatedFleet:
         never_away = bool((self._availability >= 1).all())
         self._is_always_there = never_away and self._presence is None
         self._executor = executor = CohortExecutor(
-            world, engine, store, profiles, layout, flops_per_sample=flops_per_sample
+            world,
+            engine,
+            store,
+            profiles,
+            layout,
+            flops_per_sample=flops_per_sample,
+            holdings=holdings,
         )
         self.grid = FleetGrid(executor, num_devices=len(profiles), seed=world.scenario.seed)
 

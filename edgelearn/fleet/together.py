@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from edgelearn.device.learner import Learner, refuse_divergence
 from edgelearn.errors import DivergenceError
 from edgelearn.federated import egress
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Phase
+from edgelearn.scenario.spec import ALL
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split_all
 
@@ -29,12 +30,13 @@ Run = Callable[[Sequence[Job], Tensor, Tensor], list[Done]]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Plain training of a cohort [K]."""
+    """Plain training of a cohort [K]; `kept` has what is new in memories, by name [K, ...]."""
 
     loss: NDArray[np.float64]
     num_steps: Integers
     num_samples: Integers
     norms: NDArray[np.float64]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, size: int) -> Trained:
@@ -51,6 +53,8 @@ def not_declared(learner: Learner) -> str | None:
     strategy = learner.strategy
     if (reason := feeds_back(learner)) is not None:
         return reason
+    if (reason := saves_memory(learner)) is not None:
+        return reason
     if learner.detector is not None:
         return DETECTS
     if strategy.keeps_network:
@@ -64,11 +68,28 @@ def not_declared(learner: Learner) -> str | None:
     return None
 
 
+def holds_parts(world: World) -> str | None:
+    """Return why devices can't be trained as a stack of equal ones; None if they can."""
+    if world.kinds.widths == (1.0,):
+        return None
+    return "devices hold sub-models of different widths (fleet.width)"
+
+
 def feeds_back(learner: Learner) -> str | None:
     """Return why a codec needs devices one by one; None if it doesn't."""
     if learner.codec is None or not learner.codec.keeps_residual:
         return None
     return f"{type(learner.codec).__name__} keeps what it did not send (error feedback)"
+
+
+def saves_memory(learner: Learner) -> str | None:
+    """Return why devices have to take their steps one by one; None if they don't."""
+    spec = learner.spec
+    if spec.train != ALL:
+        return "devices train only a part of the network"
+    if spec.accumulate > 1:
+        return f"a batch passes in {spec.accumulate} parts"
+    return "activations are computed again in the backward pass" if spec.checkpoint else None
 
 
 def open_memories(world: World, learner: Learner, store_path: Path) -> RecordFile:
@@ -88,6 +109,7 @@ def fit(
     updates: Tensor,
     world: World,
     learner: Learner,
+    memories: RecordFile,
     train: Train,
     rest: Run,
 ) -> CohortDone:
@@ -99,6 +121,7 @@ def fit(
         updates: Where the updates go [K, P].
         world: The scenario's world.
         learner: The scenario's learner.
+        memories: What the devices remember.
         train: Trains devices that have nothing to do but to train, in one go.
         rest: Does the jobs of devices that have to catch up first.
     """
@@ -133,11 +156,25 @@ def fit(
         for name in ("loss", "num_steps", "num_samples", "norms"):
             getattr(done, name)[kept] = getattr(found, name)[well]
         done.progress[kept, 0] = cohort.position + 1
+        for index in np.flatnonzero(well & (found.num_steps > 0)).tolist() if found.kept else ():
+            row = int(rows[index])
+            done.checksums[row] = memories.rewrite(
+                int(cohort.devices[row]),
+                int(cohort.read_slots[row]),
+                int(cohort.write_slots[row]),
+                {name: tensor[index] for name, tensor in found.kept.items()},
+            )
     if behind.any():
         late = np.flatnonzero(behind)
         for result in rest(cohort.jobs(late.tolist(), sizes), params, updates):
             done.take(result)
     return done
+
+
+def moved(memories: RecordFile, name: str, cohort: CohortFit, updates: Tensor) -> Tensor:
+    """Return how far devices have moved [K, T]: so far, by the memory's tensor, and with this."""
+    so_far = memories.gather(name, cohort.devices, cohort.read_slots, fill=0)
+    return torch.from_numpy(so_far).add_(updates[:, : so_far.shape[1]])
 
 
 def run(

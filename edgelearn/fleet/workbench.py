@@ -1,10 +1,11 @@
-"""The bench at which simulated devices do their work, one after another, in any process."""
+"""The benches at which simulated devices do their work, one after another, in any process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from edgelearn.compress.codec import decoded
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
 from edgelearn.device.learner import DeviceState
-from edgelearn.device.learners import Learners
+from edgelearn.device.learners import FleetLearners
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
-from edgelearn.runtime.protocol import Prepared, make_runtime
+from edgelearn.runtime.protocol import Prepared
+from edgelearn.scenario.kinds import Kind
 from edgelearn.scenario.samples import Samples, SampleStore
 from edgelearn.scenario.stream import Experience
 from edgelearn.scenario.world import World
@@ -44,22 +46,55 @@ class SimulatedData:
         return self.world.train_samples(self.device, position, server_round=server_round)
 
 
-class Workbench:
-    """Does jobs; a process has one, and several give the same bits as one."""
+@final
+class Workshop:
+    """Does jobs; a process has one, and several give the same bits as one.
+
+    It has a bench for each kind of device. The parameters of a job are those that its device holds,
+    and so is its update.
+    """
 
     def __init__(self, world: World, store_path: Path) -> None:
+        self._world, self._store_path = world, store_path
+        self._learners = FleetLearners(world)
+        self._benches = [
+            Workbench(world, store_path, self._learners, kind) for kind in world.kinds.kinds
+        ]
+
+    def num_params(self, device: int) -> int:
+        """Return how many numbers of the global parameters a device holds."""
+        return self._learners.of_device(device).layout.size
+
+    def perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
+        """Do one job; `update` [p] takes what the server gets.
+
+        Whatever goes wrong is this device's failure, not the run's.
+        """
+        return self._bench(job).perform(job, params, update)
+
+    def evaluate(self, jobs: Sequence[Job], params: Tensor) -> list[Done]:
+        """Do the evaluations of a group, whose devices hold the same part, in one pass."""
+        done: dict[int, Done] = {}
+        for bench in dict.fromkeys(map(self._bench, jobs)):
+            theirs = [job for job in jobs if self._bench(job) is bench]
+            done |= {result.row: result for result in bench.evaluate(theirs, params)}
+        return [done[job.row] for job in jobs]
+
+    def _bench(self, job: Job) -> Workbench:
+        return self._benches[self._world.kinds.place(job.device)]
+
+
+class Workbench:
+    """Does the jobs of devices of one kind."""
+
+    def __init__(self, world: World, store_path: Path, learners: FleetLearners, kind: Kind) -> None:
         self._world = world
-        self._learners = Learners.of(world)
-        runtime = world.scenario.runtime
-        self._runtime = make_runtime(runtime.name, runtime.args)
+        self._learner = learner = learners.of_kind(kind)
+        self._runtime = learners.runtime(kind)
         count = world.scenario.fleet.num_devices
-        self._files = {
-            name: RecordFile(store_path, self._learners.record(name), count)
-            for name in self._learners.by_variant
-        }
+        self._file = RecordFile(store_path, learners.record(kind), count)
         self._prepared: tuple[int, Prepared] | None = None
-        common = self._learners.base  # what travels is the same for all networks
-        layout, codec, detects = common.layout, common.codec, common.detector is not None
+        layout, codec, detects = learner.layout, learner.codec, learner.detector is not None
         self._sent = egress.sent_schema(codec, layout, detects=detects)
         self._schemas = {
             Phase.FIT: egress.fit_schema(layout, detects=detects),
@@ -83,10 +118,10 @@ class Workbench:
         """Do the evaluations of a group in one pass; a failure is its device's, not the group's."""
 
         def measure(trials: Sequence[Trial]) -> list[Counts]:
-            if self._learners.base.serves_own:
+            if self._learner.serves_own:
                 return [self._alone(trial, params) for trial in trials]
             prepared = self._prepare(jobs[0].serial, params)
-            return evaluate_group(self._learners.base.model, params, prepared, trials)
+            return evaluate_group(self._learner.model, params, prepared, trials)
 
         def trial_of(job: Job) -> Trial:
             return self._trial(job, params)
@@ -96,7 +131,7 @@ class Workbench:
 
     def _alone(self, trial: Trial, params: Tensor) -> Counts:
         """Evaluate a device that answers with parameters of its own."""
-        model = self._learners.base.model if trial.model is None else trial.model
+        model = self._learner.model
         own = params if trial.params is None else trial.params
         model.module.eval()
         with torch.no_grad():
@@ -104,7 +139,7 @@ class Workbench:
         return evaluate(model, own, prepared, trial.calibration.batch().x, trial.tests)
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
-        data, learner = SimulatedData(self._world, job.device), self._learners[job.device]
+        data, learner = SimulatedData(self._world, job.device), self._learner
         state = self._state(job)
         schema = self._schemas[job.phase]
         if job.phase is Phase.CONSOLIDATE:
@@ -136,15 +171,12 @@ class Workbench:
             job.row, fit.update.metrics, *kept, num_samples=passed, norm=norm, message=message
         )
 
-    def _file(self, job: Job) -> RecordFile:
-        return self._files[self._learners.held[job.device]]
-
     def _state(self, job: Job) -> DeviceState:
         if job.read_slot == UNWRITTEN:
-            learner = self._learners[job.device]
+            learner = self._learner
             memory = learner.initial_state(self._world.train, self._world.public).memory
         else:
-            memory = self._file(job).read(job.device, job.read_slot, self._world.train)
+            memory = self._file.read(job.device, job.read_slot, self._world.train)
         return DeviceState(memory, job.begun, job.consolidated)
 
     def _keep(
@@ -154,11 +186,11 @@ class Workbench:
         progress = (new.begun, new.consolidated)
         if new.memory is old.memory:
             return progress, None
-        return progress, self._file(job).write(job.device, job.write_slot, new.memory)
+        return progress, self._file.write(job.device, job.write_slot, new.memory)
 
     def _trial(self, job: Job, params: Tensor) -> Trial:
         data, state = SimulatedData(self._world, job.device), self._state(job)
-        learner = self._learners[job.device]
+        learner = self._learner
         samples = data.samples(job.position)
         most = self._world.scenario.runtime.num_calibration
         calibration = learner.calibration_ids(state, samples, most=most)
@@ -170,12 +202,11 @@ class Workbench:
                 for experience_id in range(self._world.stream.num_experiences)
             ],
             own,
-            learner.model,
         )
 
     def _prepare(self, serial: int, params: Tensor) -> Prepared:
         if self._prepared is None or self._prepared[0] != serial:
-            model = self._learners.base.model
+            model = self._learner.model
             model.module.eval()
             self._prepared = (serial, self._runtime.prepare(model, params))
         return self._prepared[1]

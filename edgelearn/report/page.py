@@ -7,7 +7,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from edgelearn.files import write_atomic
-from edgelearn.report import formats, sections
+from edgelearn.report import formats, kinds, sections
 from edgelearn.report.figures import draw_all
 from edgelearn.report.theme import css_variables, inline_svg, render_svg
 
@@ -66,7 +66,7 @@ def render_page(record: RunRecord, drawings: dict[str, str]) -> str:
 {sections.matrix_table(record)}
 <h2>Across devices</h2>
 {sections.device_table(record)}
-<h2>How the devices fared</h2>
+{kinds.section(record)}<h2>How the devices fared</h2>
 {sections.outcomes(record)}
 <h2>Where these numbers come from</h2>
 {sections.provenance(record)}

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from edgelearn.continual.exposure import mean_exposure
 from edgelearn.continual.metrics import spread
-from edgelearn.report import formats, results
+from edgelearn.report import formats, kinds, results
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +81,7 @@ def _costs(record: RunRecord) -> str:
             f"memory {formats.size(run['memory_bytes_per_device'])} per device",
         ),
     )
+    lines = (*lines, *kinds.lines(record))
     if known := record.exposure("served"):
         lines = (*lines, *_exposure(known))
     if (found := record.detections()) is not None:

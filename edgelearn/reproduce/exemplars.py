@@ -23,7 +23,7 @@ class ExemplarReplay(ClientStrategy):
     device can't promise; `edgelearn.continual.replay.Replay` is the method for devices.
 
     Reference: van de Ven, Tuytelaars, Tolias, "Three types of incremental learning", Nature Machine
-    Intelligence 4, 2022, arXiv:2202.10203 ("ER").
+    Intelligence 4, 2022, doi:10.1038/s42256-022-00568-3 ("ER").
 
     Args:
         per_class: Exemplars of each class, at least 1.

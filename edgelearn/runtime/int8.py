@@ -2,8 +2,10 @@ r"""int8 reference runtime: integer arithmetic, exactly as an integer kernel wou
 
 Linear and convolution layers are quantized; what is between them stays float.
 
-- weights: symmetric per output channel, w_q = clip(round(w / s_w), -127, 127), s_w = max|w| / 127;
+- weights: symmetric per output channel, w_q = clip(round(w / s_w), -c, c), s_w = max|w| / c, with
+  the largest code c = 2^(b - 1) - 1 for b bits, 127 for 8 (and 64 for 7, as `onnxruntime` has it);
 - activations: affine per tensor, x_q = clip(round(x / s_x) + z, 0, 255), range from calibration;
+  without it an input's own range, and s_x large enough for the bias, at least max|b| / (s_w 2^31);
 - bias: 32 bits at scale s_x s_w;
 - result: y = s_x s_w (sum (x_q - z) w_q + b_q), the sum exact.
 
@@ -28,11 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.compress.quantize import (
+    LARGEST_CODE,
+    activation_scale,
+    least_step,
+    quantize_weight,
+)
 from edgelearn.params import SHARED, FlatModel
-from edgelearn.runtime.protocol import GroupPrepared, Rows
+from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
 
 Layer = nn.Linear | nn.Conv2d
+_STORED_BITS = {7: 8}  # of a code; others take as many as they have
 # Products |x_q - z| |w_q| <= 255 * 127 whose sums float32 holds exactly, in any order.
 _NUM_PRODUCTS = 2**24 // (255 * 127)
 
@@ -58,20 +66,23 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=_accumulator(layer)))
         self.register_buffer("scale", torch.ones(len(layer.weight)))
         self.register_buffer("bias", torch.zeros(len(layer.weight)))
+        self.register_buffer("least_step", torch.zeros(()))
         for leaf, value in _unknown_range().items():
             self.register_buffer(leaf, value)
 
     codes: Tensor
     scale: Tensor
     bias: Tensor
+    least_step: Tensor
     low: Tensor
     high: Tensor
     owner: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         channel = (1, -1, 1, 1) if self.is_conv else (-1,)
-        low, high, index = self._ranges(x)
-        step, zero = (t.view(-1, *[1] * (x.dim() - 1)) for t in activation_scale(low, high))
+        low, high, least, index = self._ranges(x)
+        found = activation_scale(low, high, least_step=least)
+        step, zero = (t.view(-1, *[1] * (x.dim() - 1)) for t in found)
         unit = step.double() * self.scale.double().view(channel)
         bias = torch.round(self.bias.double().view(channel) / unit).clamp(-(2**31), 2**31 - 1)
         if index is not None:
@@ -80,8 +91,8 @@ class _QuantizedLayer(nn.Module):
         total = self._sum(centred.to(self.codes.dtype))
         return total.add_(bias).mul_(unit).to(torch.float32)
 
-    def _ranges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return R ranges, and which of them each row has [n].
+    def _ranges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
+        """Return R ranges, floors under their steps, and which of them each row has [n].
 
         None: the only one, or as many as there are rows.
         """
@@ -89,21 +100,23 @@ class _QuantizedLayer(nn.Module):
         unknown = high < low
         if low.dim() == 0:
             if not unknown:
-                return low, high, None
+                return low, high, 0.0, None
             rows = x.reshape(len(x), -1)
-            return rows.amin(1), rows.amax(1), None
+            return rows.amin(1), rows.amax(1), self.least_step, None
         if len(owner) != len(x):
             raise ValueError(
                 f"a layer got {len(x)} rows for {len(owner)} inputs: the network can't be "
                 "asked for several devices at once"
             )
         if not unknown.any():
-            return low, high, owner
+            return low, high, 0.0, owner
         places = unknown[owner].nonzero().flatten()
         rows = x[places].flatten(1)
         index = owner.clone()
         index[places] = len(low) + torch.arange(len(places))
-        return torch.cat([low, rows.amin(1)]), torch.cat([high, rows.amax(1)]), index
+        least = torch.cat([torch.zeros_like(low), self.least_step.expand(len(places))])
+        low, high = torch.cat([low, rows.amin(1)]), torch.cat([high, rows.amax(1)])
+        return low, high, least, index
 
     def _sum(self, x: Tensor) -> Tensor:
         """Return sum x_q w_q, float64: exact within each slice of terms, and exact between them."""
@@ -198,7 +211,7 @@ class Int8GroupPredictor:
 
 
 @final
-class Int8Prepared(GroupPrepared):
+class Int8Prepared(GroupPrepared, RangedPrepared):
     """Integer weights; activation ranges come from each device."""
 
     def __init__(
@@ -207,6 +220,8 @@ class Int8Prepared(GroupPrepared):
         params: Tensor,
         skeleton: nn.Module,
         layers: Mapping[str, Layer],
+        *,
+        weight_bits: int,
     ) -> None:
         self._model, self._params = model, params.detach().clone()
         self._skeleton, self._layers = skeleton, layers
@@ -218,17 +233,20 @@ class Int8Prepared(GroupPrepared):
         for name, layer in layers.items():
             prefix = _prefix(name)
             weight_name, bias_name = stored[f"{prefix}weight"], stored.get(f"{prefix}bias")
-            codes, scale = quantize_weight(views[weight_name])
+            codes, scale = quantize_weight(views[weight_name], largest=LARGEST_CODE[weight_bits])
             bias = None if bias_name is None else views[bias_name]
             tensors[f"{prefix}codes"] = codes.to(_accumulator(layer))  # converted once
             tensors[f"{prefix}scale"] = scale
             tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
+            fan_in = layer.weight[0].numel()
+            tensors[f"{prefix}least_step"] = least_step(tensors[f"{prefix}bias"], scale, fan_in)
             # Torch leaves what it binds to a layer with two names there, and takes what is the same
             # tensor for tied: so everything is always bound, and each layer has tensors of its own.
             for leaf, value in _unknown_range().items():
                 tensors[f"{prefix}{leaf}"] = value
             # codes, scales, 32-bit biases, and scale and zero point of the activations
-            num_bytes += codes.numel() + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
+            packed = -(-codes.numel() * _STORED_BITS.get(weight_bits, weight_bits) // 8)
+            num_bytes += packed + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
         # What a layer that stays float shares with a quantized one is kept for it.
         in_float = {stored[name] for name in stored if name not in _quantized_names(model.module)}
         kept = {n: view for n, view in views.items() if n in in_float or n not in stored.values()}
@@ -238,19 +256,31 @@ class Int8Prepared(GroupPrepared):
 
     def calibrated(self, calibration: Tensor) -> Int8Predictor:
         """Observe the range of each layer's input (minimum and maximum) on own inputs."""
-        ranges: dict[str, Tensor] = {}
+        if not len(calibration):
+            return Int8Predictor(self._skeleton, self._tensors, self._model_bytes)
+        return self.within(self.observed(calibration))
+
+    def observed(self, x: Tensor) -> Observed:
+        """Return the range of each layer's input (minimum and maximum) on inputs [n, ...]."""
+        ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
         def observe(prefix: str, x: Tensor) -> None:
             low, high = torch.aminmax(x)
-            if f"{prefix}low" in ranges:  # a layer that is used twice
-                low = torch.minimum(low, ranges[f"{prefix}low"])
-                high = torch.maximum(high, ranges[f"{prefix}high"])
-            ranges[f"{prefix}low"], ranges[f"{prefix}high"] = low, high
+            if prefix in ranges:  # a layer that is used twice
+                low = torch.minimum(low, ranges[prefix][0])
+                high = torch.maximum(high, ranges[prefix][1])
+            ranges[prefix] = low, high
 
-        if len(calibration):
-            with self._observed(observe):
-                self._model(self._params, calibration)
-        return Int8Predictor(self._skeleton, {**self._tensors, **ranges}, self._model_bytes)
+        with self._observed(observe):
+            self._model(self._params, x)
+        return Observed(tuple(x.shape[1:]), ranges)
+
+    def within(self, observed: Observed) -> Int8Predictor:
+        """Return the predictor with these ranges."""
+        tensors = dict(self._tensors)
+        for prefix, (low, high) in observed.ranges.items():
+            tensors[f"{prefix}low"], tensors[f"{prefix}high"] = low, high
+        return Int8Predictor(self._skeleton, tensors, self._model_bytes)
 
     def calibrated_group(
         self, calibration: Iterable[Rows], *, num_devices: int
@@ -301,9 +331,21 @@ def _prefix(name: str) -> str:
 
 @final
 class Int8Runtime:
-    """Serve int8 weights and activations; see the module for the arithmetic."""
+    """Serve int8 weights and activations; see the module for the arithmetic.
 
-    def __init__(self) -> None:
+    Args:
+        weight_bits: Of a weight's code, 2 to 8. Fewer make a model smaller (codes count as packed
+            without gaps; 7 bits fill a byte) and coarser. 7 are the integers that `onnxruntime` has
+            to take on an x86 processor without VNNI. Activations have 8 bits in any case.
+
+    Raises:
+        ValueError: If `weight_bits` is anything else.
+    """
+
+    def __init__(self, *, weight_bits: int = 8) -> None:
+        if type(weight_bits) is not int or weight_bits not in LARGEST_CODE:
+            raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 2 to 8")
+        self.weight_bits = weight_bits
         self._skeletons: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def prepare(self, model: FlatModel, params: Tensor) -> Int8Prepared:
@@ -317,7 +359,7 @@ class Int8Runtime:
         if skeleton is None:
             skeleton = _skeleton(model.module)
             self._skeletons[model.module] = skeleton
-        return Int8Prepared(model, params, skeleton, layers)
+        return Int8Prepared(model, params, skeleton, layers, weight_bits=self.weight_bits)
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from edgelearn.params import FlatModel
-from edgelearn.runtime.protocol import Predictor, Runtime
+from edgelearn.runtime.protocol import Predictor, RangedPrepared, Runtime
 
 BATCHES = (1, 32)
+_ROWS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,10 @@ def measure(
             "at least 1, 0 and 1"
         )
     with torch.no_grad(), _threads(num_threads):
-        answers = predict(x).argmax(1)
-        agreement = (answers == reference(x).argmax(1)).double().mean()
+        answers = _answers(predict, x)
+        agreement = (answers == _answers(reference, x)).double().mean()
         accuracy = None if y is None else float((answers == y).double().mean())
-        latencies = tuple(_latency(predict, x, batch, num_warm, num_runs) for batch in batches)
+        latencies = tuple(latency(predict, x, batch, num_warm, num_runs) for batch in batches)
     return Measured(latencies, predict.model_bytes, float(agreement), accuracy)
 
 
@@ -104,6 +105,7 @@ def refresh_ms(
     params: Tensor,
     calibration: Tensor,
     *,
+    keeps_ranges: bool = False,
     num_runs: int = 20,
     num_threads: int = 1,
 ) -> float:
@@ -116,20 +118,36 @@ def refresh_ms(
         model: The network.
         params: Parameters [P]; each run has others near them.
         calibration: Inputs [n, ...] that the ranges come from.
+        keeps_ranges: Whether ranges are observed once, beforehand, where the runtime can keep them
+            (`edgelearn.runtime.protocol.RangedPrepared`), and not for each of the parameters.
         num_runs: Times that count, after one that doesn't.
         num_threads: Of torch.
     """
     taken_ms = []
     with torch.no_grad(), _threads(num_threads):
+        first = runtime.prepare(model, params)
+        observed = None
+        if keeps_ranges and isinstance(first, RangedPrepared):
+            observed = first.observed(calibration)
         for run in range(num_runs + 1):
             new = params * (1 + 1e-3 * run)
             begun = time.perf_counter()
-            runtime.prepare(model, new).calibrated(calibration)
+            prepared = runtime.prepare(model, new)
+            if observed is not None and isinstance(prepared, RangedPrepared):
+                prepared.within(observed)
+            else:
+                prepared.calibrated(calibration)
             taken_ms.append(1000 * (time.perf_counter() - begun))
     return float(np.median(taken_ms[1:]))
 
 
-def _latency(predict: Predictor, x: Tensor, batch: int, num_warm: int, num_runs: int) -> Latency:
+def _answers(predict: Predictor, x: Tensor) -> Tensor:
+    """Return the answers [n], in parts: what a network holds for all inputs may be gigabytes."""
+    return torch.cat([predict(rows).argmax(1) for rows in torch.split(x, _ROWS)])
+
+
+def latency(predict: Predictor, x: Tensor, batch: int, num_warm: int, num_runs: int) -> Latency:
+    """Time calls with rows of x [n, ...], in the threads that torch has."""
     places = len(x) // batch  # another input each time, as in service
     taken_ms = []
     for run in range(-num_warm, num_runs):

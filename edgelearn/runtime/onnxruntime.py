@@ -11,32 +11,39 @@ On x86 processors without VNNI the engine's kernels add pairs of products in 16 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import final
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgelearn.errors import ExtraMissingError
+from edgelearn.compress.quantize import LARGEST_CODE
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded
+from edgelearn.runtime.onnx_group import (
+    Answer,
+    OnnxGroupPredictor,
+    SharedModel,
+    answering,
+    ranges_of_group,
+)
+from edgelearn.runtime.onnx_session import ask, engine, open_session
+from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
 from edgelearn.runtime.qdq import (
-    INPUT,
-    OUTPUT,
     Array,
+    Ranges,
     Template,
     float_numbers,
     quantized_numbers,
     quantized_weights,
 )
 
-_LARGEST = {7: 64, 8: 127}
+_BITS = (7, 8)
 _FLOAT = 32
 
 
@@ -60,7 +67,8 @@ def exact_weight_bits(machine: str, flags: str) -> int:
     return 7 if is_x86 and not has_vnni else 8
 
 
-def _exact_here() -> int:
+def exact_here() -> int:
+    """Return how many bits of a weight the engine's kernels multiply exactly on this processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     flags = next((line for line in lines if line.startswith("flags")), "")
@@ -77,8 +85,8 @@ class OnnxPredictor:
 
     def __init__(self, artefact: bytes, shape: tuple[int, ...]) -> None:
         self.artefact = artefact
-        self._session = _session(artefact)
-        self._ask(np.zeros((1, *shape), np.float32))  # the first answer would be a slow one
+        self._session = open_session(artefact)
+        ask(self._session, np.zeros((1, *shape), np.float32), {})  # the first one would be slow
 
     @property
     def model_bytes(self) -> int:
@@ -87,32 +95,12 @@ class OnnxPredictor:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits [B, C]."""
-        return torch.from_numpy(self._ask(x.detach().contiguous().numpy()))
-
-    def _ask(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self._session.run([OUTPUT], {INPUT: x})[0]
-        return logits
-
-
-class _Session(Protocol):
-    def run(self, outputs: list[str], inputs: Mapping[str, Array]) -> list[Any]: ...
-
-
-def _session(artefact: bytes) -> _Session:
-    engine = _engine("onnxruntime")
-    engine.disable_telemetry_events()  # on Windows it has some
-    options = engine.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; what it can't do is raised
-    session: _Session = engine.InferenceSession(
-        artefact, options, providers=["CPUExecutionProvider"]
-    )
-    return session
+        return torch.from_numpy(ask(self._session, x.detach().contiguous().numpy(), {}))
 
 
 def with_facts(artefact: bytes, facts: Mapping[str, str]) -> bytes:
     """Return an artefact that says something about itself, in ONNX's metadata."""
-    model = _engine("onnx").load_model_from_string(artefact)
+    model = engine("onnx").load_model_from_string(artefact)
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)
     data: bytes = model.SerializeToString(deterministic=True)
@@ -131,11 +119,26 @@ class _UncalibratedPredictor:
         """Return logits [B, C]."""
         if not len(x):
             return torch.empty(0, self.prepared.template(tuple(x.shape[1:])).num_outputs)
-        return torch.cat([self.prepared.calibrated(row)(row) for row in torch.split(x, 1)])
+        return torch.cat([self.prepared.for_one(row)(row) for row in torch.split(x, 1)])
 
 
 @final
-class OnnxPrepared:
+@dataclass(slots=True)
+class _UnseenGroup:
+    """Devices none of which has samples: what they are asked shows the shape of one."""
+
+    prepared: OnnxPrepared
+    model_bytes: int = 0
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Return logits [n, C]."""
+        alone = self.prepared.calibrated(rows.x[:0])
+        self.model_bytes = alone.model_bytes
+        return alone(rows.x)
+
+
+@final
+class OnnxPrepared(GroupPrepared, RangedPrepared):
     """Folded parameters and their integers; activation ranges come from each device."""
 
     def __init__(
@@ -144,6 +147,7 @@ class OnnxPrepared:
         self._runtime, self._model = runtime, model
         self._params, self._bits = params.detach().clone(), weight_bits
         self._of: tuple[Template, Folded, dict[str, Array]] | None = None
+        self._shared: tuple[Template, SharedModel | None] | None = None
 
     def template(self, shape: tuple[int, ...]) -> Template:
         """Return the graph for samples of a shape."""
@@ -151,30 +155,84 @@ class OnnxPrepared:
 
     def calibrated(self, calibration: Tensor) -> OnnxPredictor | _UncalibratedPredictor:
         """Observe ranges (minimum and maximum) on own inputs, and open a session."""
-        artefact = self.artefact(calibration)
         if len(calibration) or self._bits == _FLOAT:
-            return OnnxPredictor(artefact, tuple(calibration.shape[1:]))
-        return _UncalibratedPredictor(self, len(artefact))
+            return OnnxPredictor(self.artefact(calibration), tuple(calibration.shape[1:]))
+        return _UncalibratedPredictor(self, len(self.artefact(calibration)))
 
-    def artefact(self, calibration: Tensor) -> bytes:
-        """Return the file of the model, calibrated on inputs [n, ...]; with none, it has no use."""
-        template, folded, weights = self._made(tuple(calibration.shape[1:]))
+    def observed(self, x: Tensor) -> Observed:
+        """Return the range of each point on inputs [n, ...]; of a float network there is none."""
+        shape = tuple(x.shape[1:])
+        template, folded, _ = self._made(shape)
+        with torch.no_grad():
+            return Observed(shape, template.ranges(folded, x) if template.is_quantized else {})
+
+    def within(self, observed: Observed) -> OnnxPredictor:
+        """Open a session with these ranges."""
+        return OnnxPredictor(self._artefact(observed, is_calibrated=True), observed.shape)
+
+    def calibrated_group(
+        self, calibration: Iterable[Rows], *, num_devices: int
+    ) -> OnnxGroupPredictor | _UnseenGroup:
+        """Observe the ranges of several devices in one pass, and open one session for all."""
+        parts = iter(calibration)
+        first = next(parts, None)
+        if first is None:
+            return _UnseenGroup(self)
+        shape = tuple(first.x.shape[1:])
+        template, folded, weights = self._made(shape)
+        if not template.is_quantized:
+            alone = OnnxPredictor(template.artefact(weights), shape)
+            same = (alone,) * num_devices
+            return OnnxGroupPredictor(same, template.num_outputs, alone.model_bytes)
+        if self._shared is None or self._shared[0] is not template:
+            self._shared = template, SharedModel.of(template, folded, weights)
+        shared, parts = self._shared[1], chain([first], parts)
+        size = len(self.artefact(first.x[:0]))
+
+        def answer_of(ranges: Ranges | None) -> Answer:
+            if ranges is None:
+                return _UncalibratedPredictor(self, size)
+            if shared is None:  # the same bits from a session of its own
+                return self.within(Observed(shape, ranges))
+            return answering(shared, ranges)
+
+        ranges = ranges_of_group(template, folded, parts, num_devices=num_devices)
+        answers = tuple(answer_of(own) for own in ranges)
+        return OnnxGroupPredictor(answers, template.num_outputs, size)
+
+    def for_one(self, x: Tensor) -> OnnxPredictor:
+        """Return the predictor of a single input [1, ...], which has that input's own ranges."""
+        return OnnxPredictor(self.artefact(x, is_calibrated=False), tuple(x.shape[1:]))
+
+    def artefact(self, calibration: Tensor, *, is_calibrated: bool = True) -> bytes:
+        """Return the file of the model, its ranges those of inputs [n, ...].
+
+        Args:
+            calibration: The inputs; with none, the file has no use.
+            is_calibrated: Whether these ranges are to hold for other inputs.
+        """
+        shape = tuple(calibration.shape[1:])
+        if len(calibration):
+            return self._artefact(self.observed(calibration), is_calibrated=is_calibrated)
+        nothing = torch.zeros(())
+        ranges = {point.name: (nothing, nothing) for point in self.template(shape).points}
+        return self._artefact(Observed(shape, ranges), is_calibrated=is_calibrated)
+
+    def _artefact(self, observed: Observed, *, is_calibrated: bool) -> bytes:
+        template, folded, weights = self._made(observed.shape)
         if not template.is_quantized:
             return template.artefact(weights)
-        if len(calibration):
-            with torch.no_grad():
-                ranges = template.ranges(folded, calibration)
-        else:
-            nothing = torch.zeros(())
-            ranges = {point.name: (nothing, nothing) for point in template.points}
-        return template.artefact(quantized_numbers(template, folded, weights, ranges))
+        numbers = quantized_numbers(
+            template, folded, weights, observed.ranges, is_calibrated=is_calibrated
+        )
+        return template.artefact(numbers)
 
     def _made(self, shape: tuple[int, ...]) -> tuple[Template, Folded, dict[str, Array]]:
         if self._of is None or self._of[0].shape != shape:
             template = self._runtime.template(self._model, shape)
             folded = template.network.folded(self._model, self._params)
             if template.is_quantized:
-                weights = quantized_weights(folded, largest=_LARGEST[self._bits])
+                weights = quantized_weights(folded, largest=LARGEST_CODE[self._bits])
             else:
                 weights = float_numbers(template.network, folded)
             self._of = template, folded, weights
@@ -204,13 +262,13 @@ class OnnxRuntime:
     """
 
     def __init__(self, *, weight_bits: int = 0) -> None:
-        if weight_bits not in (0, *_LARGEST, _FLOAT):
+        if weight_bits not in (0, *_BITS, _FLOAT):
             raise ValueError(
                 f"weight_bits is {weight_bits}; allowed are 0 (by processor), 7, 8, 32"
             )
         for package in ("onnxruntime", "onnx"):
-            _engine(package)  # now, not in the middle of a run
-        self.weight_bits = weight_bits or _exact_here()
+            engine(package)  # now, not in the middle of a run
+        self.weight_bits = weight_bits or exact_here()
         self._templates: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Template]]
         self._templates = WeakKeyDictionary()
 
@@ -228,12 +286,3 @@ class OnnxRuntime:
         if shape not in known:
             known[shape] = Template.of(model, shape, is_quantized=self.weight_bits != _FLOAT)
         return known[shape]
-
-
-def _engine(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ModuleNotFoundError as error:
-        raise ExtraMissingError(
-            package=package, extra="onnxruntime", needed_for="the runtime 'onnxruntime'"
-        ) from error

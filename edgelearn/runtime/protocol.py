@@ -54,6 +54,35 @@ class Rows:
     device: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Ranges of a network's activations on some inputs.
+
+    Attributes:
+        shape: Of one input.
+        ranges: Lowest and highest value, by what a runtime calls the place; those of float
+            parameters near the ones they were observed with can be served with them, too.
+    """
+
+    shape: tuple[int, ...]
+    ranges: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class RangedPrepared(ABC):
+    """Parameters made ready, for ranges that may have been observed before.
+
+    `calibrated(x)` is `within(observed(x))`, where x has rows.
+    """
+
+    @abstractmethod
+    def observed(self, x: Tensor) -> Observed:
+        """Return the ranges on inputs [n, ...], n >= 1, by the float network."""
+
+    @abstractmethod
+    def within(self, observed: Observed) -> Predictor:
+        """Return the predictor with these ranges."""
+
+
 class GroupPredictor(Protocol):
     """The models of a group of devices in service."""
 

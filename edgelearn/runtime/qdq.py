@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.compress.quantize import activation_scale, least_step, most_bias, quantize_weight
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded, Network, Operator, UnsupportedError
 
@@ -44,7 +44,6 @@ INPUT, OUTPUT = "input", "logits"
 _OPSET, _IR_VERSION = 17, 8
 _PASSING = ("Relu", "Clip", "MaxPool", "Flatten")  # they keep the order of values
 _CLIPPING = ("Relu", "Clip")
-_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +188,12 @@ def quantized_weights(folded: Folded, *, largest: int) -> dict[str, Array]:
 
 
 def quantized_numbers(
-    template: Template, folded: Folded, weights: Mapping[str, Array], ranges: Ranges
+    template: Template,
+    folded: Folded,
+    weights: Mapping[str, Array],
+    ranges: Ranges,
+    *,
+    is_calibrated: bool,
 ) -> dict[str, Array]:
     """Return all numbers of an int8 graph.
 
@@ -198,13 +202,17 @@ def quantized_numbers(
         folded: Weights and biases, float.
         weights: Codes and scales of the weights.
         ranges: Of the points.
+        is_calibrated: Whether they hold for many inputs. Those of a single one may be almost empty;
+            steps are then large enough for the biases (`edgelearn.compress.quantize.least_step`).
     """
     numbers: dict[str, Array] = {**weights}
     if _clips(template.network):
         numbers |= _CLIP_LIMITS
     input_scale: dict[str, Tensor] = {}
+    least = {} if is_calibrated else _least_steps(template.network, folded, weights)
     for point in template.points:
-        scale, zero = activation_scale(*ranges[point.name])
+        floor = max(least.get(name, 0.0) for name in point.carried)
+        scale, zero = activation_scale(*ranges[point.name], least_step=floor)
         numbers[f"{point.name}.scale"] = scale.numpy()
         numbers[f"{point.name}.zero"] = zero.to(torch.uint8).numpy()
         input_scale |= dict.fromkeys(point.carried, scale)
@@ -215,12 +223,25 @@ def quantized_numbers(
         weight_scale = torch.from_numpy(weights[f"{prefix}weight.scale"])
         unit = input_scale[step.inputs[0]].double() * weight_scale.double()
         # A 32-bit sum must not overflow, whatever the inputs are.
-        most = _MOST - 255 * 127 * weight[0].numel()
+        most = most_bias(weight[0].numel())
         codes = torch.round(bias.double() / unit).clamp(-most, most)
         numbers[f"{prefix}bias"] = codes.to(torch.int32).numpy()
         numbers[f"{prefix}bias.scale"] = unit.float().numpy()
         numbers[f"{prefix}bias.zero"] = np.zeros(len(unit), np.int32)
     return numbers
+
+
+def _least_steps(
+    network: Network, folded: Folded, weights: Mapping[str, Array]
+) -> dict[str, float]:
+    """Return for each value that layers take the step at which their biases fit 32 bits."""
+    found: dict[str, float] = {}
+    for name, step in ((s.inputs[0], s) for s in network.operators if s.layer is not None):
+        weight, bias = folded[step.name]
+        scale = torch.from_numpy(weights[f"{_prefix(step.name)}weight.scale"])
+        floor = float(least_step(bias, scale, weight[0].numel()))
+        found[name] = max(found.get(name, 0.0), floor)
+    return found
 
 
 _CLIP_LIMITS: Mapping[str, Array] = {

@@ -73,6 +73,7 @@ def arrivals(
     labels: Integers,
     stream: Stream,
     *,
+    experiences: Integers | None,
     orders: Integers | None,
     told: Integers,
     has_label: NDArray[np.bool_],
@@ -82,8 +83,9 @@ def arrivals(
 
     Args:
         parts: Indices of each device's samples, in random order.
-        labels: True labels of the data set [N]: they decide which experience has a sample.
+        labels: True labels of the data set [N].
         stream: The stream.
+        experiences: Which experience has each sample [N]; None where that is decided by device.
         orders: Experiences of each device in its order [D, T]; None if all share one.
         told: Labels as devices are told them [N].
         has_label: Which samples have one [N].
@@ -95,7 +97,7 @@ def arrivals(
         keep = keep[_among_first(owner[keep], told[index[keep]], per_class)]
         starts = np.searchsorted(owner[keep], np.arange(len(parts) + 1))
         return Arrivals(index[keep].astype(np.int32), starts, 1)
-    T, table = stream.num_experiences, _table(index, owner, labels, stream, orders)
+    T, table = stream.num_experiences, _table(index, owner, labels, stream, experiences, orders)
     keys = table.owner * T + table.position
     # By time within a position where that means something, else as they were dealt out.
     order = np.lexsort((table.time, keys)) if _is_mixed(stream) else np.argsort(keys, kind="stable")
@@ -111,6 +113,7 @@ def first_met(
     labels: Integers,
     stream: Stream,
     *,
+    experiences: Integers | None,
     orders: Integers | None,
     presence: Presence | None,
 ) -> Integers:
@@ -121,7 +124,7 @@ def first_met(
     T = stream.num_experiences
     index, owner = _owned(parts)
     if _is_listed(stream):
-        table = _table(index, owner, labels, stream, orders)
+        table = _table(index, owner, labels, stream, experiences, orders)
         owner, experience, position = table.owner, table.experience, table.position
     else:  # one sample speaks for all of a device
         owner = np.flatnonzero(np.bincount(owner, minlength=len(parts)))
@@ -187,15 +190,20 @@ def _position(orders: Integers | None, owner: Integers, experience: Integers) ->
 
 
 def _table(
-    index: Integers, owner: Integers, labels: Integers, stream: Stream, orders: Integers | None
+    index: Integers,
+    owner: Integers,
+    labels: Integers,
+    stream: Stream,
+    experiences: Integers | None,
+    orders: Integers | None,
 ) -> _Table:
     """List each arrival: once for each sample, or for each sample and domain."""
     T = stream.num_experiences
     if stream.has_domains:
         experience = np.repeat(np.arange(T), len(index))
         index, owner = np.tile(index, T), np.tile(owner, T)
-    elif stream.splits_classes:
-        experience = stream.experience_of_label()[labels[index]]
+    elif experiences is not None:
+        experience = experiences[index]
     else:  # new instances: equal parts of what a device holds
         sizes = np.bincount(owner)
         rank = np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner]

@@ -15,6 +15,7 @@ _RESETS = "its reset of the network is overwritten by the global parameters"
 _ENDLESS = "its endless loader begins anew in each round"
 _NO_TASKS = "not in task-incremental streams"
 _MIR = "it leaves out the classes of the last batch, so the second experience may replay nothing"
+_COUNTS = "not in online streams: it counts the samples of an experience when it begins"
 _FEATURES = f"the network has to be an avalanche.models.BaseModel; {_NO_TASKS}"
 
 # Name -> what to know, if anything.
@@ -22,8 +23,8 @@ WORKS: Mapping[str, str] = MappingProxyType(
     {
         "AGEM": _ENDLESS,
         "AGEMPlugin": _ENDLESS,
-        "CWRStar": "cwr_layer_name is that of the last layer, such as '3'; " + _RESETS,
-        "CWRStarPlugin": _RESETS,
+        "CWRStar": f"cwr_layer_name is that of the last layer, such as '3'; {_RESETS}; {_COUNTS}",
+        "CWRStarPlugin": f"{_RESETS}; {_COUNTS}",
         "Cumulative": "state_kib has to hold all samples of the device, as float32",
         "DER": f"{_ENDLESS}; {_NO_TASKS}",
         "ER_ACE": _ENDLESS,

@@ -12,6 +12,7 @@ The other way round is `edgelearn.continual.avalanche.as_avalanche`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,14 @@ from edgelearn.scenario.datasets import Dataset
 def from_benchmark(benchmark: Any, *, name: str = "avalanche") -> Dataset:
     """Return the data set of a benchmark with a train and a test stream.
 
+    Each training sample keeps the experience that it is from, and each test sample, too, where the
+    test stream is as long. A stream of kind "given" then brings the experiences to each device as
+    the benchmark has them.
+
     Where no class is in two experiences (`nc_benchmark`, `class_incremental_benchmark`), labels are
     numbered anew in the order in which the stream brings them. A class-incremental or task-
-    incremental stream with as many experiences then brings the same samples in the same order.
+    incremental stream with as many experiences then brings the same samples in the same order, if
+    all experiences have as many classes (or the first ones one more).
 
     Where classes come back (`ni_benchmark`, `new_instances_benchmark`, domain-incremental ones),
     labels stay, and the user of a sample is the experience that it is from: with
@@ -39,8 +45,8 @@ def from_benchmark(benchmark: Any, *, name: str = "avalanche") -> Dataset:
 
     Raises:
         DatasetError: If an experience is empty, or has no shape of samples in common with the
-            others; if the test stream has classes that the train stream has not; or if experiences
-            have numbers of classes that no stream of edgelearn has.
+            others; if the test stream has classes that the train stream has not; or if it has
+            several experiences, but not as many.
     """
     train, test = _chunks(benchmark.train_stream), _chunks(benchmark.test_stream)
     x_train, y_train, chunk_train = _joined(train)
@@ -49,24 +55,29 @@ def from_benchmark(benchmark: Any, *, name: str = "avalanche") -> Dataset:
     known = np.unique(y_train)
     if unknown := sorted(set(y_test.tolist()) - set(known.tolist())):
         raise DatasetError(f"{name}: only the test stream has the classes {unknown}")
-    x_train, x_test, scale = _compact(x_train, x_test)
-    if len(np.concatenate(classes)) > len(known):
-        return Dataset(
-            name,
-            x_train,
-            y_train,
-            x_test,
-            y_test,
-            num_classes=int(known.max()) + 1,
-            scale=scale,
-            users_train=chunk_train,
-            users_test=chunk_test,
+    if len(test) not in (1, len(train)):
+        raise DatasetError(
+            f"{name}: {len(test)} experiences to test and {len(train)} to train on; allowed is one "
+            "for each, or one for all"
         )
-    _check_sizes(name, [len(labels) for labels in classes])
+    x_train, x_test, scale = _compact(x_train, x_test)
+    dataset = Dataset(
+        name,
+        x_train,
+        y_train,
+        x_test,
+        y_test,
+        num_classes=int(known.max()) + 1,
+        scale=scale,
+        experiences_train=chunk_train,
+        experiences_test=chunk_test if len(test) == len(train) else None,
+    )
     order = np.concatenate(classes)
+    if len(order) > len(known):
+        return replace(dataset, users_train=chunk_train, users_test=chunk_test)
     place = np.empty(int(known.max()) + 1, np.int64)
     place[order] = np.arange(len(order))
-    return Dataset(name, x_train, place[y_train], x_test, place[y_test], len(order), scale=scale)
+    return replace(dataset, y_train=place[y_train], y_test=place[y_test], num_classes=len(order))
 
 
 Chunk = tuple[NDArray[Any], NDArray[np.int64]]
@@ -103,12 +114,3 @@ def _compact(train: NDArray[Any], test: NDArray[Any]) -> tuple[NDArray[Any], NDA
         if all(np.abs(r / 255 - x).max() < 1e-6 for r, x in zip(rounded, pair, strict=True)):
             return rounded[0].astype(np.uint8), rounded[1].astype(np.uint8), 1 / 255
     return *pair, 1.0
-
-
-def _check_sizes(name: str, sizes: Sequence[int]) -> None:
-    expected = [len(part) for part in np.array_split(np.arange(sum(sizes)), len(sizes))]
-    if list(sizes) != expected:
-        raise DatasetError(
-            f"{name}: its experiences have {list(sizes)} classes; a stream of edgelearn deals "
-            f"{sum(sizes)} classes out as {expected}"
-        )

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from edgelearn.errors import Fault
-from edgelearn.scenario.spec import EvaluateSpec, FleetSpec, LabelSpec, StreamSpec, VariantSpec
+from edgelearn.errors import Fault, nearest
+from edgelearn.scenario.kinds import DEFAULT_KIND
+from edgelearn.scenario.spec import (
+    ALL,
+    ClientSpec,
+    EvaluateSpec,
+    FleetSpec,
+    LabelSpec,
+    StreamSpec,
+    VariantSpec,
+)
 
+_PARTS = (ALL, "bias", "norm")
 _OF_DOMAINS = {"num_domains": 0, "drift": "sudden"}
 
 
@@ -22,11 +33,13 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     stream = _complete(StreamSpec, values.get("stream", {}))
     asked = _complete(EvaluateSpec, values.get("evaluate", {}))["num_devices"]
     yield from _fleet_faults(fleet, asked, stream["num_experiences"])
-    yield from _variant_faults(values.get("model", {}).get("variants") or {}, fleet["profiles"])
+    yield from _variant_faults(values.get("model", {}).get("variants") or {}, fleet)
+    yield from _client_faults(_complete(ClientSpec, values.get("client", {})))
     if None not in stream.values():
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
         yield from _order_faults(stream)
+        yield from _given_faults(stream)
         yield from _boundary_faults(stream)
         T = stream["num_experiences"]
         delay = _complete(LabelSpec, values.get("labels", {}))["delay"]
@@ -60,6 +73,7 @@ def _fleet_faults(
     for name, share in (fleet["profiles"] or {}).items():
         if isinstance(share, bool) or not isinstance(share, int | float) or not share > 0:
             yield Fault("fleet.profiles", name, f"got {share!r}; expected a share above 0")
+    yield from _kind_faults(fleet, fleet["profiles"] or (DEFAULT_KIND,))
     T, late, leaving = num_experiences, fleet["late_share"], fleet["leaving_share"]
     if T is None or late is None or leaving is None:
         return
@@ -72,8 +86,12 @@ def _fleet_faults(
 
 
 def _variant_faults(
-    variants: Mapping[str, Mapping[str, Any]], profiles: Mapping[str, Any] | None
+    variants: Mapping[str, Mapping[str, Any]], fleet: Mapping[str, Any]
 ) -> Iterator[Fault]:
+    if variants and any(part != 1 for part in (fleet["width"] or {}).values()):
+        message = "widths are of one network, which devices with [model.variants] do not have"
+        yield Fault("fleet", "width", f"{message}; allowed: a variant that is smaller")
+    kinds = fleet["profiles"] or (DEFAULT_KIND,)
     whole = {name: _complete(VariantSpec, table) for name, table in variants.items()}
     if any(spec["share"] is None or spec["profile"] is None for spec in whole.values()):
         return
@@ -83,9 +101,8 @@ def _variant_faults(
         if bool(share) == bool(profile):
             message = "give one of share, above 0, and profile: which devices hold it"
             yield Fault(table, "share", message)
-        elif profile and profiles is not None and profile not in profiles:
-            known = ", ".join(profiles) or "none"
-            yield Fault(table, "profile", f"got {profile!r}; those of [fleet]: {known}")
+        elif profile and profile not in kinds:
+            yield Fault(table, "profile", _no_profile(profile, kinds))
         elif profile and profile in taken:
             yield Fault(table, "profile", f"got {profile!r}, which {taken[profile]!r} has already")
         taken.setdefault(profile, name)
@@ -94,6 +111,38 @@ def _variant_faults(
         yield Fault("model", "variants", message)
     if (total := sum(spec["share"] for spec in whole.values())) > 1 + 1e-9:
         yield Fault("model", "variants", f"their shares sum to {total:g}; at most 1 is allowed")
+
+
+def _no_profile(name: str, kinds: Iterable[str]) -> str:
+    return f"{name!r} is no profile of the fleet{nearest(name, kinds)}; allowed: {', '.join(kinds)}"
+
+
+def _kind_faults(fleet: Mapping[str, Any], kinds: Iterable[str]) -> Iterator[Fault]:
+    for key in ("width", "runtime_args"):
+        for name in fleet[key] or {}:
+            if name not in kinds:
+                yield Fault(f"fleet.{key}", name, _no_profile(name, kinds))
+    for name, arguments in (fleet["runtime_args"] or {}).items():
+        if not isinstance(arguments, Mapping):
+            yield Fault("fleet.runtime_args", name, f"expected a table, got {arguments!r}")
+    for name, part in (fleet["width"] or {}).items():
+        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 < part <= 1:
+            message = f"got {part!r}; a number above 0 and at most 1 is expected"
+            yield Fault("fleet.width", name, message)
+
+
+def _client_faults(client: Mapping[str, Any]) -> Iterator[Fault]:
+    train, parts, size = client["train"], client["accumulate"], client["batch_size"]
+    if isinstance(train, str) and train not in _PARTS and not re.fullmatch(r"last:[1-9]\d*", train):
+        close = nearest(train, (*_PARTS, "last:1"))
+        allowed = ", ".join(_PARTS) + ", last:N with N from 1, or a list of names"
+        yield Fault("client", "train", f"got {train!r}{close}; allowed: {allowed}")
+    elif train == ():
+        message = "got an empty list; name at least one layer or tensor"
+        yield Fault("client", "train", message)
+    if parts is not None and size is not None and parts > size:
+        message = f"got {parts}; a batch of {size} has at most so many parts (batch_size)"
+        yield Fault("client", "accumulate", message)
 
 
 def _domain_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
@@ -146,6 +195,12 @@ def _boundary_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
     elif stream["cumulative"]:
         message = "got true; samples that come again hide a change (boundaries are detected)"
         yield Fault("stream", "cumulative", message)
+
+
+def _given_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:
+    if stream["kind"] == "given" and stream["shuffle_classes"]:
+        message = "got true; the data set says which experience each of its samples is of"
+        yield Fault("stream", "shuffle_classes", message)
 
 
 def _order_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:

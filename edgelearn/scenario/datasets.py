@@ -41,6 +41,9 @@ class Dataset:
         std: Standard deviation after scaling.
         users_train: Natural user of each sample [N], int64, where the data set knows it.
         users_test: The same for the test samples [M].
+        experiences_train: Experience of each sample [N], int64, 0..T-1, where the data set brings
+            its own: they follow each other in a stream of kind "given".
+        experiences_test: The same for the test samples [M]; None where all experiences share them.
     """
 
     name: str
@@ -54,6 +57,13 @@ class Dataset:
     std: float = 1.0
     users_train: NDArray[np.int64] | None = None
     users_test: NDArray[np.int64] | None = None
+    experiences_train: NDArray[np.int64] | None = None
+    experiences_test: NDArray[np.int64] | None = None
+
+    @property
+    def num_experiences(self) -> int:
+        """Experiences that the data set brings with it, T; 0 if it has none."""
+        return 0 if self.experiences_train is None else int(self.experiences_train.max()) + 1
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -64,28 +74,55 @@ class Dataset:
 def load_dataset(spec: DataSpec) -> Dataset:
     """Load the data set of a scenario, cut to `max_train` and `max_test`.
 
+    These are the first samples; of a data set that brings its experiences, of each in proportion.
+
     Raises:
         DatasetError: If it is nowhere to be found or damaged.
         PluginError: If the name leads nowhere.
     """
     dataset = _checked(plugins.resolve(spec.dataset, plugins.DATASETS)(spec), spec.dataset)
     if spec.max_train:
-        users = dataset.users_train
+        users, experiences = dataset.users_train, dataset.experiences_train
+        kept = _first(
+            spec.max_train, len(dataset.y_train), experiences, f"{spec.dataset}: training"
+        )
         dataset = replace(
             dataset,
-            x_train=dataset.x_train[: spec.max_train],
-            y_train=dataset.y_train[: spec.max_train],
-            users_train=users[: spec.max_train] if users is not None else None,
+            x_train=dataset.x_train[kept],
+            y_train=dataset.y_train[kept],
+            users_train=users[kept] if users is not None else None,
+            experiences_train=experiences[kept] if experiences is not None else None,
         )
     if spec.max_test:
-        users = dataset.users_test
+        users, experiences = dataset.users_test, dataset.experiences_test
+        kept = _first(spec.max_test, len(dataset.y_test), experiences, f"{spec.dataset}: test")
         dataset = replace(
             dataset,
-            x_test=dataset.x_test[: spec.max_test],
-            y_test=dataset.y_test[: spec.max_test],
-            users_test=users[: spec.max_test] if users is not None else None,
+            x_test=dataset.x_test[kept],
+            y_test=dataset.y_test[kept],
+            users_test=users[kept] if users is not None else None,
+            experiences_test=experiences[kept] if experiences is not None else None,
         )
     return dataset
+
+
+def _first(
+    most: int, count: int, experiences: NDArray[np.int64] | None, source: str
+) -> slice | NDArray[np.int64]:
+    """Return which of `count` samples to keep: the first ones, of each experience in proportion."""
+    if experiences is None or most >= count:
+        return slice(most)
+    sizes = np.bincount(experiences)
+    if most < len(sizes):
+        raise DatasetError(
+            f"{source} samples cut to {most}, fewer than the {len(sizes)} experiences"
+        )
+    order = np.argsort(experiences, kind="stable")
+    rank = np.empty(count)
+    rank[order] = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # Each first one, then by how far a sample is in its experience.
+    by_turn = np.lexsort((rank / sizes[experiences], rank > 0))
+    return np.sort(by_turn[:most])
 
 
 def _checked(dataset: Any, source: str) -> Dataset:
@@ -110,7 +147,33 @@ def _checked(dataset: Any, source: str) -> Dataset:
             f"{source}: training samples are {dataset.x_train.shape[1:]}, "
             f"test samples {dataset.x_test.shape[1:]}"
         )
+    _check_experiences(dataset, source)
     return dataset
+
+
+def _check_experiences(dataset: Dataset, source: str) -> None:
+    """Check a data set's own experiences: 0..T-1, none without training or test samples."""
+    train, test = dataset.experiences_train, dataset.experiences_test
+    if train is None:
+        if test is not None:
+            raise DatasetError(
+                f"{source}: experiences of test samples, but none of training samples"
+            )
+        return
+    for found, y, part in ((train, dataset.y_train, "training"), (test, dataset.y_test, "test")):
+        if found is None:
+            continue
+        if len(found) != len(y) or found.dtype != np.int64:
+            raise DatasetError(
+                f"{source}: experiences of {part} samples are {len(found)} {found.dtype}, "
+                f"expected {len(y)} int64"
+            )
+        have, wanted = set(np.unique(found).tolist()), set(range(dataset.num_experiences))
+        if have != wanted:
+            raise DatasetError(
+                f"{source}: {part} samples are of the experiences {sorted(have)}; each of 0 to "
+                f"{dataset.num_experiences - 1} needs some"
+            )
 
 
 def digits(_spec: DataSpec) -> Dataset:

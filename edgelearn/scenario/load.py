@@ -11,7 +11,7 @@ import tomllib
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import Any
 
 from edgelearn import plugins
@@ -61,10 +61,26 @@ def from_dict(
         faults += _override(tables, name, value)
     values = _values(Scenario, tables, "", faults)
     faults += consistency.faults(values)
+    faults += _pipeline_faults(values.get("compress", {}).get("pipeline"))
     if faults:
         raise ScenarioError(source, _locate(faults, text, overridden))
     scenario: Scenario = _make(Scenario, values)
     return scenario
+
+
+def _pipeline_faults(text: str | None) -> list[Fault]:
+    if not text:
+        return []
+    from edgelearn.scenario.stages import faults_of  # here, as stages are checked by what is below
+
+    return [Fault("compress", "pipeline", str(fault)) for fault in faults_of(text)]
+
+
+def checked(kind: type[Any], raw: Mapping[str, Any], table: str, faults: list[Fault]) -> Any:
+    """Return a dataclass made of a table, or None; what is wrong is added to `faults`."""
+    before = len(faults)
+    values = _values(kind, raw, table, faults)
+    return None if len(faults) > before else _make(kind, values)
 
 
 def _copy(value: Any) -> Any:
@@ -161,6 +177,13 @@ def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: 
     def fault(message: str) -> Any:
         faults.append(Fault(table, key, message))
 
+    if typing.get_origin(expected) is UnionType:  # str | tuple[str, ...]
+        if isinstance(value, list | tuple):
+            odd_items = [item for item in value if not isinstance(item, str)]
+            if odd_items:
+                return fault(f"got {odd_items[0]!r} in a list of texts ({rule.help})")
+            return tuple(value)
+        expected = str
     if typing.get_origin(expected) is not None:  # Mapping[str, ...]
         if not isinstance(value, Mapping):
             return fault(f"expected a table, got {value!r} ({rule.help})")
@@ -187,11 +210,21 @@ def _check(value: Any, expected: Any, rule: Rule, table: str, key: str, faults: 
         if rule.above is not None and value <= rule.above:
             return fault(f"got {value}; must be above {rule.above:.15g} ({rule.help})")
     if rule.plugins is not None:
+        if rule.plugins == plugins.CODECS:
+            return _check_codec(value, fault)
         if rule.plugins != plugins.CLIENT_STRATEGIES:
             return _check_reference(value, rule.plugins, fault)
         parts = [_check_reference(v, rule.plugins, fault) for v in plugins.joined(value)]
         return None if None in parts else "+".join(parts)
     return value
+
+
+def _check_codec(value: str, fault: Any) -> Any:
+    name = value.removesuffix(plugins.ENTROPY)
+    if name == plugins.NO_CODEC and name != value:
+        return fault(f"got {value!r}; there is nothing to compress: name a codec (int4+lzma)")
+    found = _check_reference(name, plugins.CODECS, fault)
+    return None if found is None else found + value[len(name) :]
 
 
 def _check_reference(value: str, group: str, fault: Any) -> Any:
@@ -335,6 +368,11 @@ def to_toml(scenario: Scenario) -> str:
         if isinstance(values, dict):
             lines += _toml_table(table, values)
     return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """Return a plain value as TOML writes it on one line."""
+    return _toml(value)
 
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ same replay buffer is an index list here and stored pixels there.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -302,6 +303,13 @@ class Samples:
     def labels(self) -> Tensor:
         """Labels [n], int64."""
         return self.store.labels(self.ids)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number above 0 that other samples of the store, or another order, hardly have."""
+        raw = self.ids.to(torch.int64).numpy().tobytes()
+        digest = hashlib.blake2b(raw, digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1 | 1
 
     def batch(self, positions: Tensor | slice = slice(None)) -> Batch:
         """Gather the samples at some positions, or all of them."""

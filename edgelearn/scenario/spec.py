@@ -19,7 +19,13 @@ from typing import Any
 from edgelearn.plugins import AVALANCHE, CODECS, NO_CODEC
 
 PARTITIONS = ("iid", "dirichlet", "shards", "user")
-STREAMS = ("class-incremental", "task-incremental", "domain-incremental", "new-instances")
+STREAMS = (
+    "class-incremental",
+    "task-incremental",
+    "domain-incremental",
+    "new-instances",
+    "given",
+)
 ORDERS = ("shared", "per-device", "staggered")
 TRANSFORMS = ("permute", "rotate", "relabel")
 DRIFTS = ("sudden", "gradual", "recurring")
@@ -29,6 +35,14 @@ REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
 FEDERATIONS = ("auto", "faithful", "fused")
+ALL = "all"
+# Keys that a digest has only where they are not as they were before they existed, by table.
+_LATER: Mapping[str, Mapping[str, Any]] = {
+    "client": {"train": ALL, "accumulate": 1, "checkpoint": False},
+    "data": {"public": 0},
+    "fleet": {"runtime_args": {}, "width": {}},
+    "model": {"variants": {}},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,9 @@ def _table(help: str) -> Any:  # noqa: A002
     return field(
         default_factory=lambda: MappingProxyType({}), metadata={"rule": Rule(help)}, hash=False
     )
+
+
+rule, table = _rule, _table  # for other dataclasses that are checked as scenarios are
 
 
 def _read_only(values: dict[str, Any]) -> Mapping[str, Any]:
@@ -112,6 +129,8 @@ class FleetSpec:
     num_devices: int = _rule("devices in the fleet", minimum=1, maximum=10_000_000)
     cohort: int = _rule("devices chosen for a round", minimum=1)
     profiles: Mapping[str, float] = _table("device profile -> its share of the fleet")
+    width: Mapping[str, float] = _table("device profile -> part of each hidden layer that it holds")
+    runtime_args: Mapping[str, Any] = _table("device profile -> arguments of its runtime, a table")
     deadline_s: float = _rule(
         "virtual seconds after which a reply is late; 0 is none", 0.0, minimum=0.0
     )
@@ -190,6 +209,16 @@ class ClientSpec:
     lr: float = _rule("local learning rate", above=0.0)
     momentum: float = _rule("momentum of sgd", 0.0, minimum=0.0, maximum=1.0)
     weight_decay: float = _rule("L2 penalty", 0.0, minimum=0.0)
+    train: str | tuple[str, ...] = _rule(
+        'parameters that take steps: "all", "last:N", "bias", "norm" or a list of names', ALL
+    )
+    accumulate: int = _rule("parts of a batch that pass one after the other", 1, minimum=1)
+    checkpoint: bool = _rule("compute activations again instead of keeping them?", default=False)
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether a step is taken in less memory than it would by itself."""
+        return self.train != ALL or self.accumulate > 1 or self.checkpoint
 
     @property
     def is_plain_sgd(self) -> bool:
@@ -216,7 +245,9 @@ class ServerSpec:
 class WireSpec:
     """`[wire]`: how updates travel to the server."""
 
-    codec: str = _rule("name, module:Class or file.py:Class", NO_CODEC, plugins=CODECS)
+    codec: str = _rule(
+        "name, module:Class or file.py:Class, or with +lzma behind it", NO_CODEC, plugins=CODECS
+    )
     args: Mapping[str, Any] = _table("arguments of the codec")
 
 
@@ -238,6 +269,13 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompressSpec:
+    """`[compress]`: what `edgelearn compress` makes of the final global model of a run."""
+
+    pipeline: str = _rule("stages with | between them, such as prune(0.9) | quantize", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """Everything that defines a run but the code: frozen, comparable, with a digest."""
 
@@ -255,6 +293,7 @@ class Scenario:
     wire: WireSpec = field(default_factory=WireSpec)
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
+    compress: CompressSpec = field(default_factory=CompressSpec)
 
     @property
     def num_rounds(self) -> int:
@@ -263,8 +302,8 @@ class Scenario:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, complete with defaults, that `load` accepts."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        tables: dict[str, Any] = plain(self)
+        return tables
 
     @property
     def digest(self) -> str:
@@ -276,22 +315,29 @@ class Scenario:
         values = self.as_dict()
         for key in ("root", "download"):
             del values["data"][key]
+        if self.compress == CompressSpec():  # as before there was such a table
+            del values["compress"]
+        for table, later in _LATER.items():
+            for key, default in later.items():
+                if values[table][key] == default:
+                    del values[table][key]
         text = json.dumps(_portable(values), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value of a scenario as what JSON and TOML know."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
 def _portable(value: Any) -> Any:
-    """Replace the paths of plug-in files by fingerprints of what is in them."""
+    """Replace the paths of plug-ins and stored networks by fingerprints of what is in them."""
     if isinstance(value, dict):
         return {k: _portable(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -299,5 +345,11 @@ def _portable(value: Any) -> Any:
     if isinstance(value, str) and ".py:" in value:
         place, _, name = value.removeprefix(AVALANCHE).rpartition(":")
         if Path(place).is_file():
-            return f"{hashlib.blake2b(Path(place).read_bytes(), digest_size=8).hexdigest()}:{name}"
+            return f"{_fingerprint(Path(place))}:{name}"
+    if isinstance(value, str) and value.endswith(".safetensors") and Path(value).is_file():
+        return _fingerprint(Path(value))
     return value
+
+
+def _fingerprint(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()

@@ -41,12 +41,15 @@ class Stream:
         num_classes: Labels of the data set, C.
         seed: Of the run.
         delay: Positions by which labels come after their samples.
+        given: Labels that occur in each experience, where the data set says which samples are in
+            it (kind "given").
     """
 
     spec: StreamSpec
     num_classes: int
     seed: int
     delay: int = 0
+    given: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.splits_classes and self.spec.num_experiences > self.num_classes:
@@ -68,6 +71,11 @@ class Stream:
         return self.spec.kind == "domain-incremental"
 
     @property
+    def is_stationary(self) -> bool:
+        """Whether all experiences are of one distribution."""
+        return self.spec.kind == "new-instances"
+
+    @property
     def num_domains(self) -> int:
         """Domains, M; 1 where there are none."""
         return (self.spec.num_domains or self.num_experiences) if self.has_domains else 1
@@ -79,6 +87,8 @@ class Stream:
 
     def classes(self, experience_id: int) -> tuple[int, ...]:
         """Return the labels that occur in an experience."""
+        if self.given is not None:
+            return self.given[experience_id]
         if not self.splits_classes:
             return tuple(range(self.num_classes))
         order = np.arange(self.num_classes)

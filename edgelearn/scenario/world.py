@@ -15,14 +15,16 @@ from edgelearn import plugins
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.arrivals import Arrivals, arrivals, domain_of, drifted, first_met
-from edgelearn.scenario.datasets import Dataset, load_dataset
+from edgelearn.scenario.datasets import load_dataset
+from edgelearn.scenario.dealing import deal
+from edgelearn.scenario.given import experiences_of, given_classes
+from edgelearn.scenario.kinds import BASE, Kinds, kinds_of
 from edgelearn.scenario.labels import labelled, told
-from edgelearn.scenario.partition import Indices, partition, partition_like
+from edgelearn.scenario.partition import Indices
 from edgelearn.scenario.presence import Presence, presence
 from edgelearn.scenario.samples import Encoding, Samples, SharedSamples
 from edgelearn.scenario.spec import ModelSpec, Scenario, VariantSpec
 from edgelearn.scenario.stream import Stream
-from edgelearn.scenario.variants import BASE, variants
 from edgelearn.seeds import derive, numpy_generator
 
 
@@ -39,10 +41,12 @@ class World:
         test_parts: The same of its test samples.
         num_classes: Labels, C.
         true_labels: Of the training samples [N]: they decide who has what and when.
+        train_experiences: Which experience has each training sample [N], by its class or because
+            the data set says so; None where devices cut what they have.
+        test_experiences: The same of the test samples [M].
         presence: When each device is part of the fleet; None if all always are.
         public: Ids of the training samples that all devices have, and none as its own [n], int32;
             those of the first domain, in random order.
-        variants: Which of the scenario's networks each device holds; "" is that of `[model]`.
     """
 
     scenario: Scenario
@@ -53,14 +57,20 @@ class World:
     test_parts: tuple[Indices, ...]
     num_classes: int
     true_labels: NDArray[np.int64]
+    train_experiences: NDArray[np.int64] | None
+    test_experiences: NDArray[np.int64] | None
     presence: Presence | None
     public: Tensor
-    variants: tuple[str, ...]
 
     @cached_property
     def orders(self) -> NDArray[np.int64] | None:
         """Experiences of each device in its order [D, T]; None if all share one."""
         return self.stream.orders(len(self.train_parts))
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """Which kind of device each one is."""
+        return kinds_of(self.scenario)
 
     @property
     def is_uneven(self) -> bool:
@@ -74,6 +84,7 @@ class World:
             self.train_parts,
             self.true_labels,
             self.stream,
+            experiences=self.train_experiences,
             orders=self.orders,
             presence=self.presence,
         )
@@ -89,7 +100,7 @@ class World:
         kinds = places
         if self.stream.has_domains:
             kinds = domain_of(self.stream, places)
-        elif not self.stream.splits_classes:
+        elif self.stream.is_stationary:
             kinds = np.zeros(T, np.int64)
         last = np.full(count, -1)
         found: list[list[int]] = [[] for _ in range(count)]
@@ -110,6 +121,7 @@ class World:
             self.train_parts,
             self.true_labels,
             self.stream,
+            experiences=self.train_experiences,
             orders=self.orders,
             told=self.train.y.numpy(),
             has_label=labelled(len(self.true_labels), spec, self.scenario.seed),
@@ -117,8 +129,10 @@ class World:
         )
 
     @cached_property
-    def _test_index(self) -> _Index:
-        return _Index.of(self.test_parts, self.test.y.numpy(), self.stream)
+    def _test_index(self) -> _Index | None:
+        if self.test_experiences is None:
+            return None
+        return _Index.of(self.test_parts, self.test_experiences, self.stream.num_experiences)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -188,7 +202,7 @@ class World:
     def test_samples(self, device: int, experience_id: int) -> Samples:
         """Return a device's own test samples of an experience (by id, not position)."""
         experience = range(self.stream.num_experiences)[experience_id]
-        if self.stream.splits_classes:
+        if self._test_index is not None:
             return Samples(self.test, self._test_index.ids(device, experience))
         own, T = self.test_parts[device], self.stream.num_experiences
         if not self.stream.has_domains:  # a device's classes follow each other: each part has all
@@ -242,7 +256,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    """Test samples sorted by device and experience, where experiences differ by classes.
+    """Test samples sorted by device and experience, where each is of one experience.
 
     Attributes:
         sorted_ids: Ids of the whole fleet [N], int32.
@@ -255,12 +269,11 @@ class _Index:
     num_experiences: int
 
     @classmethod
-    def of(cls, parts: Sequence[Indices], labels: NDArray[np.int64], stream: Stream) -> _Index:
+    def of(cls, parts: Sequence[Indices], experiences: NDArray[np.int64], count: int) -> _Index:
         """Sort the indices of all devices."""
         ids = np.concatenate([*parts, np.empty(0, np.int32)]).astype(np.int32)
         owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        count = stream.num_experiences
-        keys = owners * count + stream.experience_of_label()[labels[ids]]
+        keys = owners * count + experiences[ids]
         order = np.argsort(keys, kind="stable")
         starts = np.searchsorted(keys[order], np.arange(len(parts) * count + 1))
         return cls(torch.from_numpy(ids[order]), starts, count)
@@ -280,13 +293,19 @@ def build(scenario: Scenario) -> World:
     """
     dataset = load_dataset(scenario.data)
     labels = scenario.labels
-    stream = Stream(scenario.stream, dataset.num_classes, scenario.seed, labels.delay)
+    stream = Stream(
+        scenario.stream,
+        dataset.num_classes,
+        scenario.seed,
+        labels.delay,
+        given_classes(dataset, scenario.stream),
+    )
     largest = max(len(dataset.y_train), len(dataset.y_test)) * stream.num_domains
     if largest > 2**31:  # sample ids are int32
         message = f"{stream.num_domains} domains; samples x domains must stay below 2**31"
         raise ScenarioError(scenario.name, [Fault("stream", "num_experiences", message)])
-    public, train_parts = _train_parts(scenario, dataset)
-    test_parts = _test_parts(scenario, dataset, train_parts)
+    train_experiences, test_experiences = experiences_of(dataset, stream)
+    public, train_parts, test_parts = deal(scenario, dataset)
     encoding = Encoding(dataset.scale, dataset.mean, dataset.std, stream.task_masks())
     domains, meanings = stream.domains(dataset.sample_shape), stream.meanings()
     y_told = torch.from_numpy(told(dataset.y_train, labels, stream))
@@ -300,41 +319,8 @@ def build(scenario: Scenario) -> World:
         test_parts=tuple(test_parts),
         num_classes=dataset.num_classes,
         true_labels=dataset.y_train,
+        train_experiences=train_experiences,
+        test_experiences=test_experiences,
         presence=presence(scenario.fleet, stream.num_experiences, scenario.seed),
         public=torch.from_numpy(public),
-        variants=variants(scenario),
-    )
-
-
-def _train_parts(scenario: Scenario, dataset: Dataset) -> tuple[Indices, list[Indices]]:
-    """Set the public samples apart, and deal the others out."""
-    count, num_public = len(dataset.y_train), scenario.data.public
-    if num_public >= count:
-        message = f"got {num_public}; there are {count} training samples, some for the devices"
-        raise ScenarioError(scenario.name, [Fault("data", "public", message)])
-    shuffled = numpy_generator(scenario.seed, "public").permutation(count)
-    public, rest = shuffled[:num_public].astype(np.int32), np.sort(shuffled[num_public:])
-    users = dataset.users_train
-    parts = partition(
-        scenario.partition,
-        labels=dataset.y_train[rest],
-        users=None if users is None else users[rest],
-        num_devices=scenario.fleet.num_devices,
-        generator=numpy_generator(scenario.seed, "partition"),
-    )
-    return public, [rest[part].astype(np.int32) for part in parts]
-
-
-def _test_parts(scenario: Scenario, dataset: Dataset, train: list[Indices]) -> list[Indices]:
-    """A device tests on its own users where the test set has them, else on its mix of labels."""
-    users, test_users = dataset.users_train, dataset.users_test
-    if scenario.partition.kind == "user" and users is not None and test_users is not None:
-        owners = [np.unique(users[part]) for part in train]
-        if set(np.unique(test_users)) <= {int(user) for group in owners for user in group}:
-            return [np.flatnonzero(np.isin(test_users, g)).astype(np.int32) for g in owners]
-    return partition_like(
-        train,
-        train_labels=dataset.y_train,
-        test_labels=dataset.y_test,
-        generator=numpy_generator(scenario.seed, "test-partition"),
     )

@@ -52,8 +52,10 @@ def builds(subject: Subject) -> str:
             f"expected a subclass of edgelearn.ClientStrategy, got {type(made).__name__}; "
             "write `class Name(ClientStrategy):`"
         )
-    declaration = made.declare(toy_model(), toy_facts())
+    model = toy_model()
+    declaration = made.declare(model, toy_facts())
     _check_declaration(declaration)
+    _check_vectors(made, declaration, model.layout.num_trained)
     return f"{type(made).__name__}({given})"
 
 
@@ -166,13 +168,16 @@ def pure(subject: Subject) -> str:
 
 def seeded(subject: Subject) -> str:
     """Randomness comes from the given generator alone."""
+    drawing = ["loss", "gradient", "fit"]
+    if any(_overrides(subject, hook) for hook in ("view", "gradient")):
+        drawing.append("proximal")  # then devices are trained one by one, each step seeded
     for made in _own_calls(subject):
         with global_seed(1):
             before = global_states()
             one = call(subject.strategy, made.hook, _copies(made))
             after = global_states()
         drawn = [name for name in before if not same(before[name], after[name])]
-        if made.hook in ("loss", "gradient", "fit") and drawn == ["torch"]:
+        if made.hook in drawing and drawn == ["torch"]:
             continue  # the learner seeds torch's generator for the steps, as dropout needs it
         takes = any(name == "generator" for name in made.inputs)
         advice = (
@@ -340,6 +345,24 @@ def _check_declaration(declaration: Any) -> None:
         if not all(type(size) is int and size >= 0 for size in spec.shape):
             raise Broken(
                 f"`declare` gives {name!r} the shape {spec.shape!r}, expected whole numbers from 0"
+            )
+
+
+def _check_vectors(
+    strategy: ClientStrategy, declaration: Mapping[str, TensorSpec | SampleSpec], size: int
+) -> None:
+    """Check that what `pull` and `path` name is there: engines read and write it by name."""
+    pull, path = strategy.pull(), strategy.path()
+    named = [("pull", name) for name in (pull.curvature, pull.anchor)] if pull else []
+    named += [("path", name) for name in (path.charge, path.moved) if name] if path else []
+    wanted = TensorSpec((size,))
+    for hook, name in named:
+        spec = declaration.get(name)
+        is_vector = isinstance(spec, TensorSpec) and spec.dtype == wanted.dtype
+        if spec is None or not is_vector or tuple(spec.shape) != wanted.shape:
+            raise Broken(
+                f"`{hook}` names {name!r}, which `declare` has as {spec!r}; expected "
+                f"TensorSpec((model.layout.num_trained,)), of dtype {wanted.dtype}"
             )
 
 

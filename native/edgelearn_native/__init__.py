@@ -16,4 +16,4 @@ from edgelearn_native._core import (
 )
 
 __all__ = ["Data", "Plan", "finite_rows", "isas", "mix", "permutation", "weighted_sum"]
-__version__ = "0.1.0"
+__version__ = "0.1.1"

@@ -89,6 +89,7 @@ class Plan:
         anchor: NDArray[np.uint64] | None = None,
         curvature_size: int = 0,
         strength: float = 0.0,
+        charge: NDArray[np.float32] | None = None,
         replay_ids: NDArray[np.int32] | None = None,
         replay_starts: NDArray[np.int64] | None = None,
         replay_batch: int = 0,
@@ -120,6 +121,9 @@ class Plan:
             anchor: Addresses of float32 vectors [T] to pull to [K].
             curvature_size: T; elements from there on are not pulled.
             strength: Of the pull.
+            charge: Path integrals [K, T]: a step from theta to theta' (the pull included) adds
+                -g (theta' - theta) to a device's row, g the gradient with FedProx's term and
+                without weight decay. Elements that belong to no tensor stay.
             replay_ids: Stored samples of all devices, as `ids`. A step draws one number q below
                 2**62 from torch's CPU generator and appends permutation(q, held)[:count].
             replay_starts: [K + 1].

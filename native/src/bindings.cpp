@@ -241,6 +241,7 @@ nb::tuple fit_devices(const Plan& plan, const DataHandle& handle, const Array& p
                       int64_t batch_size, double lr, double momentum, double weight_decay,
                       double proximal_mu, const std::optional<Array>& curvature,
                       const std::optional<Array>& anchor, int64_t curvature_size, double strength,
+                      const std::optional<Output>& charge,
                       const std::optional<Array>& replay_ids,
                       const std::optional<Array>& replay_starts, int64_t replay_batch,
                       double replay_share, const std::optional<Array>& logits,
@@ -285,6 +286,13 @@ nb::tuple fit_devices(const Plan& plan, const DataHandle& handle, const Array& p
              std::to_string(size));
     }
     a.pull_size = static_cast<size_t>(curvature_size);
+  }
+  if (charge) {
+    a.charge = elements<float>("charge", *charge, {devices, -1});
+    if (charge->shape(1) > plan.num_params()) {
+      refuse("charge has more columns than there are parameters");
+    }
+    a.charge_size = charge->shape(1);
   }
   if (replay_ids.has_value() != replay_starts.has_value()) {
     refuse("give both replay_ids and replay_starts, or none");
@@ -439,6 +447,7 @@ NB_MODULE(_core, m) {
            "momentum"_a = 0.0, "weight_decay"_a = 0.0, "proximal_mu"_a = 0.0,
            nb::arg("curvature").noconvert() = nb::none(),
            nb::arg("anchor").noconvert() = nb::none(), "curvature_size"_a = 0, "strength"_a = 0.0,
+           nb::arg("charge").noconvert() = nb::none(),
            nb::arg("replay_ids").noconvert() = nb::none(),
            nb::arg("replay_starts").noconvert() = nb::none(), "replay_batch"_a = 0,
            "replay_share"_a = -1.0, nb::arg("logits").noconvert() = nb::none(),

@@ -40,6 +40,7 @@ class Trainer {
       std::memset(pull_, 0, plan_.packed_size() * sizeof(float));
       std::memset(anchor_, 0, plan_.packed_size() * sizeof(float));
     }
+    if (charge_) std::memset(charge_, 0, plan_.packed_size() * sizeof(float));
   }
 
   void train(int64_t k) {
@@ -82,6 +83,7 @@ class Trainer {
       }
     }
     plan_.unpack(theta_, initial_, 1.f, plan_.num_params(), false, row);
+    if (charge_) plan_.unpack(charge_, nullptr, 1.f, args_.charge_size, true, charge_of(k));
     plan_.zero_rest(row, plan_.num_params());
     args_.loss[k] = loss / static_cast<double>(steps);
     args_.steps[k] = steps;
@@ -96,6 +98,17 @@ class Trainer {
       cutter.cut(pull_, plan_.packed_size());
       cutter.cut(anchor_, plan_.packed_size());
     }
+    if (args_.charge) cutter.cut(charge_, plan_.packed_size());
+  }
+
+  float* charge_of(int64_t k) { return args_.charge + static_cast<size_t>(k) * args_.charge_size; }
+
+  // The curvature of a device's pull, or null if it pulls at nothing.
+  const float* curvature_of(int64_t k) {
+    if (!pull_ || args_.curvature[k] == 0 || args_.anchor[k] == 0) return nullptr;
+    const float* found = reinterpret_cast<const float*>(args_.curvature[k]);
+    const bool pulls = std::any_of(found, found + args_.pull_size, [](float f) { return f != 0.f; });
+    return pulls ? found : nullptr;
   }
 
   // Reads the global model and writes this device's own: nothing is copied first.
@@ -107,12 +120,17 @@ class Trainer {
     step.momentum = momentum_;
     step.decay = args_.lr * args_.weight_decay;
     step.proximal = args_.lr * args_.proximal_mu;
-    if (pull_ && args_.curvature[k] != 0 && args_.anchor[k] != 0) {
+    if (const float* curvature = curvature_of(k)) {
       plan_.pack(reinterpret_cast<const float*>(args_.anchor[k]), args_.pull_size, anchor_);
-      plan_.pack(reinterpret_cast<const float*>(args_.curvature[k]), args_.pull_size, pull_);
+      plan_.pack(curvature, args_.pull_size, pull_);
       plan_.kernels().pull_weights(pull_, args_.lr * args_.strength, plan_.packed_size());
       step.pull = pull_;
       step.anchor = anchor_;
+    }
+    if (charge_) {
+      plan_.pack(charge_of(k), args_.charge_size, charge_);
+      step.charge = charge_;
+      step.inverse_lr = args_.lr == 0.f ? 0.f : 1.f / args_.lr;
     }
     step.plain = !step.momentum && !step.pull && step.decay == 0.f && step.proximal == 0.f;
     return step;
@@ -161,6 +179,7 @@ class Trainer {
   const float* initial_;
   Network network_;
   float *theta_ = nullptr, *momentum_ = nullptr, *pull_ = nullptr, *anchor_ = nullptr;
+  float* charge_ = nullptr;
   std::vector<int64_t> y_;
   std::vector<float> weight_;
   std::vector<const float*> stored_;

@@ -25,6 +25,10 @@ struct FitArguments {
   size_t pull_size;
   float strength;
 
+  // Path integral: each device's row is added to; null if none is kept.
+  float* charge;  // [K, charge_size]
+  size_t charge_size;
+
   const int32_t* replay_ids;  // or null
   const int64_t* replay_starts;
   int64_t replay_batch;  // 0: as many as arrive

@@ -7,7 +7,7 @@
 
 namespace edgelearn {
 
-// How a gradient changes weights. All vectors are packed alike (see Plan), so one offset is good
+// How a gradient changes weights, and what that is charged with. All vectors are packed alike (see Plan), so one offset is good
 // for each of them. The gradient arrives multiplied by the learning rate; so does `momentum`.
 struct Step {
   const float* theta;    // the weights before the step
@@ -16,6 +16,8 @@ struct Step {
   float* momentum;       // or null
   const float* pull;     // implicit quadratic: theta += pull * (anchor - theta); or null
   const float* anchor;
+  float* charge;  // path integral: charge -= gradient of the loss and the proximal term * step; or null
+  float inverse_lr;  // of the charge: there the gradient counts as it is
   float momentum_factor;  // 0 in the first step, whatever the buffer holds
   float decay;            // lr * weight_decay
   float proximal;         // lr * proximal_mu

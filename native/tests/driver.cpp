@@ -114,7 +114,7 @@ void drive(const Net& net, const std::string& isa, int64_t batch_size, bool all_
   }
   std::vector<float> first;
   for (int threads : {1, 2, 4}) {
-    std::vector<float> updates(devices * net.size, NAN);
+    std::vector<float> updates(devices * net.size, NAN), charge(devices * (net.size - 1), 0.f);
     std::vector<double> loss(devices);
     std::vector<int64_t> steps(devices), passed(devices);
     FitArguments args{};
@@ -135,6 +135,8 @@ void drive(const Net& net, const std::string& isa, int64_t batch_size, bool all_
       args.anchor = anchor.data();
       args.pull_size = net.size - 3;
       args.strength = 2.f;
+      args.charge = charge.data();
+      args.charge_size = net.size - 1;
       args.replay_ids = ids.data();
       args.replay_starts = replay_starts.data();
       args.replay_share = 0.5;
@@ -146,6 +148,7 @@ void drive(const Net& net, const std::string& isa, int64_t batch_size, bool all_
     args.steps = steps.data();
     args.passed = passed.data();
     fit(plan, data, args);
+    for (float c : charge) require(std::isfinite(c), "a charge is not finite", net.name);
     for (float u : updates) require(std::isfinite(u), "an update is not finite", net.name);
     if (first.empty()) first = updates;
     require(std::memcmp(first.data(), updates.data(), first.size() * sizeof(float)) == 0,

@@ -25,6 +25,8 @@ ARGUMENTS = [
     ("random-k", {"share": 0.3, "feedback": False}),
     ("random-k", {"share": 0.5, "values": "int8", "feedback": False}),
     ("random-k", {"share": 0.01, "values": "int8", "feedback": True}),
+    ("int4+lzma", {}),
+    ("top-k+lzma", {"share": 0.1, "values": "int8"}),
 ]
 
 

@@ -19,9 +19,10 @@ from edgelearn.continual.ewc import EWC
 from edgelearn.continual.lwf import LwF
 from edgelearn.continual.mas import MAS
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
+from edgelearn.continual.path import PathIntegral
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.si import SI
-from edgelearn.continual.strategy import ClientStrategy, Update, make_strategy
+from edgelearn.continual.strategy import ClientStrategy, Pull, Update, make_strategy
 from edgelearn.errors import PluginError
 from edgelearn.scenario.samples import Batch, Samples
 from edgelearn.testing.checks import CHECKS
@@ -112,6 +113,19 @@ class NotAStrategy:
 class ShapeOfText(ClientStrategy):
     def declare(self, model: Any, facts: Any) -> Any:
         return {"anchor": (3, 4)}
+
+
+class PullOfNothing(ClientStrategy):
+    def pull(self) -> Pull:
+        return Pull("fisher", "anchor", 1.0)
+
+
+class PathOfAnotherSize(ClientStrategy):
+    def declare(self, model: Any, facts: Any) -> Declaration:
+        return {"charge": TensorSpec((3,))}
+
+    def path(self) -> PathIntegral:
+        return PathIntegral("charge")
 
 
 class UndeclaredByReplace(ClientStrategy):
@@ -313,6 +327,8 @@ BROKEN: list[tuple[Any, str, str]] = [
     (NeedsArguments, "builds", "missing 1 required keyword-only argument: 'strength'"),
     (NotAStrategy, "builds", "expected a subclass of edgelearn.ClientStrategy"),
     (ShapeOfText, "builds", "expected a name with a TensorSpec"),
+    (PullOfNothing, "builds", "`pull` names 'fisher', which `declare` has as None"),
+    (PathOfAnotherSize, "builds", "`path` names 'charge', which `declare` has as TensorSpec"),
     (UndeclaredByReplace, "memory", "memory has no anchor"),
     (UndeclaredByHand, "memory", "after `finish`, memory has anchor, which is not declared"),
     (WrongDtype, "memory", "'anchor' is (172,) torch.float64, declared (172,) torch.float32"),

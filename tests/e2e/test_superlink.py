@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from edgelearn.deploy import commands
 from edgelearn.deploy.deployment import CONNECTION, init_deployment
+from edgelearn.device.profile import folder
 from edgelearn.federated.record import RunRecord
 from edgelearn.fleet.simulate import simulate
 from edgelearn.scenario.load import load
@@ -293,7 +294,14 @@ def test_a_network_of_processes_ends_where_the_simulator_does(fleet: Fleet, tmp_
 
 @pytest.mark.slow
 def test_a_device_that_was_restarted_still_remembers(fleet: Fleet, tmp_path: Path) -> None:
+    large, small = (tmp_path / f"{name}.toml" for name in ("large", "small"))
+    for path in (large, small):
+        path.write_text((folder() / "phone-mid.toml").read_text())
     overrides = BASE | {
+        "fleet.profiles": {str(large): 1.0, str(small): 1.0},
+        "fleet.width": {str(small): 0.5},
+        "fleet.runtime_args": {str(small): {"weight_bits": 4}},
+        "server.strategy": "HeteroFL",
         "stream.rounds_per_experience": 1,
         "evaluate.every_rounds": 1,
         "seed": 1,
@@ -309,6 +317,8 @@ def test_a_device_that_was_restarted_still_remembers(fleet: Fleet, tmp_path: Pat
     assert state["progress"][1] == 1
     assert state["samples.used"].sum() >= CAPACITY
     assert state["memory.wire-residual"].any()
+    held = [len(fleet.stored(device)["memory.wire-residual"]) for device in range(2)]
+    assert sorted(held) == [610, 1210]  # 64 inputs, 16 hidden units or 8, 10 classes
     fleet.start_node(1)
     run = fleet.submit(overrides, out)  # the same run directory: the run goes on
     fleet.wait_for(run, "finished:completed", out, "end")

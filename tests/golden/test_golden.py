@@ -174,6 +174,23 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "wire-int4": {"wire": {"codec": "int4"}},
     "wire-top-k": {"wire": {"codec": "top-k", "args": {"share": 0.1, "values": "int8"}}},
+    "int8-train": {
+        "client": {"strategy": "replay+int8-train", "args": {"replay": {"capacity": 20}}},
+        "stream": {"num_experiences": 3, "rounds_per_experience": 2},
+    },
+    "widths-replay": {
+        "fleet": {
+            "profiles": {"phone-mid": 1.0, "sensor-hub": 1.0},
+            "width": {"sensor-hub": 0.5},
+        },
+        "server": {"strategy": "HeteroFL"},
+        "client": {"args": {"capacity": 20}},
+    },
+    "last-layer": {"client": {"train": "last:1", "momentum": 0.9}},
+    "little-memory": {
+        "model": {"name": "cnn", "args": {"channels": [4, 8], "hidden": 16}},
+        "client": {"train": ["3", "7", "9"], "accumulate": 2, "checkpoint": True},
+    },
     "fedntd": {"client": {"strategy": "replay+fedntd", "args": {"replay": {"capacity": 20}}}},
     "fedmd": {
         "data": {"max_train": 600, "max_test": 150, "public": 60},

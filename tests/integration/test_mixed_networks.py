@@ -20,7 +20,8 @@ from edgelearn.continual.memory import Memory, TensorSpec
 from edgelearn.continual.strategy import ClientStrategy, Update
 from edgelearn.device.fleet_store import RecordFile
 from edgelearn.device.learner import OWN
-from edgelearn.device.learners import Learners
+from edgelearn.device.learners import FleetLearners
+from edgelearn.device.profile import assign
 from edgelearn.device.resident import ResidentDevice
 from edgelearn.device.store import DeviceStore
 from edgelearn.errors import RunError, ScenarioError
@@ -28,6 +29,7 @@ from edgelearn.federated.record import RunRecord
 from edgelearn.fleet.plan import make_plan
 from edgelearn.fleet.simulate import resume, simulate
 from edgelearn.fleet.workbench import SimulatedData
+from edgelearn.report.kinds import by_kind, section
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import Scenario
@@ -52,18 +54,20 @@ def mixed(**tables: Any) -> Scenario:
     )
 
 
+def held_by(world: World) -> list[str]:
+    """Return which network each device has."""
+    kinds = world.kinds
+    return [kinds.of_device(device).variant for device in range(world.scenario.fleet.num_devices)]
+
+
 def networks_of(directory: Path, world: World) -> dict[int, Tensor]:
     """Return the network that each device has stored, by device, from the fleet's file."""
-    learners, found = Learners.of(world), {}
-    for device in range(len(world.variants)):
-        file = RecordFile(
-            directory / "devices.bin",
-            learners.record(world.variants[device]),
-            len(world.variants),
-        )
-        index = load_file(next((directory / "checkpoint").glob("*.safetensors")))
-        slot = int(index["fleet.live"][device])
-        found[device] = file.read(device, slot, world.train)[OWN]
+    learners, found, count = FleetLearners(world), {}, world.scenario.fleet.num_devices
+    index = load_file(next((directory / "checkpoint").glob("*.safetensors")))
+    for device in range(count):
+        layout = learners.record(world.kinds.of_device(device))
+        file = RecordFile(directory / "devices.bin", layout, count)
+        found[device] = file.read(device, int(index["fleet.live"][device]), world.train)[OWN]
     return found
 
 
@@ -82,7 +86,7 @@ def test_the_consensus_is_the_weighted_mean_of_what_all_networks_answer(tmp_path
     assert len(set(sizes)) > 1
     x, expected = world.train.batch(world.public).x, torch.zeros(N, C)
     for device, own in networks.items():
-        held = world.variants[device]
+        held = held_by(world)[device]
         assert len(own) == SIZES[held]
         with torch.no_grad():
             expected += sizes[device] / sum(sizes) * world.model(held)(own, x)
@@ -94,20 +98,51 @@ def test_the_consensus_is_the_weighted_mean_of_what_all_networks_answer(tmp_path
 def test_the_record_tells_networks_apart_and_books_what_is_sent(tmp_path: Path) -> None:
     scenario = mixed()
     record = simulate(scenario, out=tmp_path)
-    world, networks = build(scenario), {n["variant"]: n for n in record.run["networks"]}
-    assert {name: n["num_parameters"] for name, n in networks.items()} == SIZES
-    assert networks["small"]["devices"] == [
-        d for d, held in enumerate(world.variants) if held == "small"
-    ]
+    world, kinds = build(scenario), {kind["variant"]: kind for kind in record.run["kinds"]}
+    assert {name: kind["num_parameters"] for name, kind in kinds.items()} == SIZES
+    told = [record.run["kinds"][place]["variant"] for place in record.run["kind_of"]]
+    assert told == held_by(world)
     beside = N * (4 + 17) + 1 + 8
     for name, size in SIZES.items():
-        assert networks[name]["memory_bytes_per_device"] == 4 * size + beside
-        assert networks[name]["model_bytes"]["served"] < networks[name]["model_bytes"]["float"]
+        assert kinds[name]["memory_bytes_per_device"] == 4 * size + beside
+        assert kinds[name]["model_bytes"]["served"] < kinds[name]["model_bytes"]["float"]
     assert record.run["memory_bytes_per_device"] == 4 * SIZES[""] + beside
     rounds, sent = scenario.num_rounds, 4 * N * C
     for total in record.end["bytes_up"]:
         assert rounds * sent < total < rounds * (sent + 400), "logits, and what tells about them"
     assert len(set(record.end["bytes_up"])) == 1, "as many for a small network as for a large one"
+    large, small = by_kind(record)
+    assert (large.title, small.title) == ("phone-mid", "phone-mid (network small)")
+    assert (large.num_devices, small.num_devices) == (2, 2)
+    assert (large.num_parameters, small.num_parameters) == (SIZES[""], SIZES["small"])
+    assert "phone-mid (network small)" in section(record)
+
+
+def test_where_all_hold_a_variant_it_is_what_the_record_speaks_of() -> None:
+    small = {**VARIANTS["small"], "share": 1.0}
+    record = simulate(mixed(model={"variants": {"small": small}}))
+    assert record.run["num_parameters"] == SIZES["small"]
+    assert [kind.title for kind in by_kind(record)] == ["phone-mid (network small)"]
+
+
+def test_a_kind_has_a_network_and_a_runtime() -> None:
+    """Variants by share, bits by profile: up to four kinds, each served as it says."""
+    fleet = {
+        "num_devices": 8,
+        "cohort": 4,
+        "profiles": {"phone-mid": 1.0, "sensor-hub": 1.0},
+        "runtime_args": {"sensor-hub": {"weight_bits": 4}},
+    }
+    scenario = mixed(fleet=fleet)
+    world, record = build(scenario), simulate(scenario)
+    profiles = assign(fleet["profiles"], 8, scenario.seed)
+    found = [record.run["kinds"][place] for place in record.run["kind_of"]]
+    assert [kind["variant"] for kind in found] == held_by(world)
+    assert [kind["name"] for kind in found] == [profile.name for profile in profiles]
+    served = {(k["name"], k["variant"]): k["model_bytes"]["served"] for k in record.run["kinds"]}
+    assert len(served) == 4
+    for held in SIZES:
+        assert served["sensor-hub", held] < served["phone-mid", held]
 
 
 @pytest.mark.parametrize("federation", ["faithful", "fused"])
@@ -156,7 +191,7 @@ def test_fused_equals_faithful(tmp_path: Path) -> None:
 
 def test_only_engines_that_go_device_by_device_run_it() -> None:
     world = build(mixed())
-    learner = Learners.of(world).base
+    learner = FleetLearners(world).whole
     assert make_plan(world, learner).tier in ("reference", "pool")
     for tier in ("native", "batched"):
         with pytest.raises(RunError, match=r"FedMD keeps the network|computes what|not installed"):
@@ -174,7 +209,7 @@ class KeepsAndDeclares(ClientStrategy):
 
 def test_a_strategy_without_hooks_does_not_slip_through() -> None:
     world = build(mixed(client={"strategy": f"{__file__}:KeepsAndDeclares", "args": {}}))
-    learner = Learners.of(world).base
+    learner = FleetLearners(world).whole
     assert learner.strategy.is_declared
     assert make_plan(world, learner).tier in ("reference", "pool")
 
@@ -186,7 +221,7 @@ def test_each_device_is_measured_with_its_own_network(tmp_path: Path) -> None:
     world, last = build(scenario), record.device_rows[-1]
     hits = {}
     for device, own in networks_of(tmp_path, world).items():
-        model, tests = world.model(world.variants[device]), []
+        model, tests = world.model(held_by(world)[device]), []
         for experience in range(2):
             batch = world.test_samples(device, experience).batch()
             with torch.no_grad():
@@ -205,6 +240,14 @@ def test_strategies_that_average_networks_are_refused() -> None:
     scenario = mixed(client={"strategy": "ewc", "args": {}})
     with pytest.raises(ScenarioError, match="can't average them, as 'ewc' does"):
         simulate(scenario)
+
+
+def test_widths_are_of_the_one_network_that_all_have() -> None:
+    with pytest.raises(ScenarioError, match=r"width: .*model\.variants.*a variant that is"):
+        mixed(fleet={"width": {"phone-mid": 0.5}})
+    with pytest.raises(ScenarioError, match="shares tensors beside the network"):
+        simulate(mixed(model={}, fleet={"width": {"phone-mid": 0.5}}))
+    simulate(mixed(fleet={"width": {"phone-mid": 1.0}}, stream={"rounds_per_experience": 1}))
 
 
 def test_there_have_to_be_public_samples() -> None:
@@ -328,8 +371,8 @@ def test_the_guard_admits_the_logits_alone(name: str, message: str) -> None:
 def test_a_real_device_learns_as_a_simulated_one(tmp_path: Path) -> None:
     """It stores public samples itself, and still has them when its own are forgotten."""
     world = build(mixed(client={"strategy": "fedmd+replay", "args": {"replay": {"capacity": 4}}}))
-    device = world.variants.index("small")
-    learner = Learners.of(world)[device]
+    device = held_by(world).index("small")
+    learner = FleetLearners(world).of_device(device)
     store = DeviceStore(tmp_path, digest="toy")
     resident = ResidentDevice(world, learner, make_runtime("int8", {}), store, device=device)
     data, state = SimulatedData(world, device), learner.initial_state(world.train, world.public)
@@ -357,7 +400,7 @@ def test_a_real_device_learns_as_a_simulated_one(tmp_path: Path) -> None:
 
 
 def accuracy_of(record: RunRecord, world: World, held: str) -> float:
-    rows = [d for d, name in enumerate(world.variants) if name == held]
+    rows = [d for d, name in enumerate(held_by(world)) if name == held]
     last = record.device_rows[-1]
     return float(np.array(last["served"])[rows].sum() / np.array(last["count"])[rows].sum())
 

@@ -225,8 +225,9 @@ class Fleet:
         *,
         pull: tuple[Tensor, Tensor] | None = None,
         logits: Tensor | None = None,
+        charge: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[float], list[int], list[int]]:
-        """Train every device with autograd and torch.optim.SGD."""
+        """Train every device with autograd and torch.optim.SGD; path integrals go to `charge`."""
         options = {"epochs": 2, "batch_size": 4, "lr": 0.05, **self.options}
         lr, batch_size = options["lr"], options["batch_size"]
         mu = options.get("proximal_mu", 0.0)
@@ -272,9 +273,16 @@ class Fleet:
                     for p, p0 in zip(self.parameters, start, strict=True):
                         assert p.grad is not None
                         p.grad += mu * (p.detach() - p0)
+                    before = [(p.detach().clone(), p.grad.clone()) for p in self.parameters]
                     optimizer.step()
                     if pull is not None:
                         self.pull(*pull, lr * options["strength"])
+                    if charge is not None:
+                        at = 0
+                        for p, (p0, g0) in zip(self.parameters, before, strict=True):
+                            more = (g0.double() * (p0.double() - p.detach())).reshape(-1)
+                            charge[k, at : at + len(more)] += more.numpy()
+                            at += len(more)
                     total, count, seen = total + loss.item(), count + 1, seen + n + m
             replay_at += len(stored)
             flat = torch.cat([p.detach().reshape(-1) for p in self.parameters]).numpy()
@@ -374,6 +382,48 @@ def test_implicit_pull(network: str, options: dict[str, Any], missing: int, isa:
     updates = f.fit(isa, **addresses)[0]
     assert_close(updates[:1], free[:1], 1e-6)
     assert_close(updates[1:], reference[0][1:])
+
+
+@isas
+@pytest.mark.parametrize("network", ["odd", "deep", "no-bias", "conv5x2"])
+@pytest.mark.parametrize("is_pulled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": 0.5, "weight_decay": 0.1, "proximal_mu": 0.3, "epochs": 3}],
+    ids=str,
+)
+def test_path_integral(network: str, options: dict[str, Any], is_pulled: bool, isa: str) -> None:
+    f = fleet(network, extra=3, options={"lr": 0.2, "strength": 3.0, **options})
+    g, count, addresses, pull = torch.Generator().manual_seed(1), len(f.held), {}, None
+    if is_pulled:
+        pull = torch.rand(f.size, generator=g), torch.randn(f.size, generator=g)
+        addresses = {
+            name: np.full(count, vector.data_ptr(), dtype=np.uint64)
+            for name, vector in zip(("curvature", "anchor"), pull, strict=True)
+        }
+        addresses["curvature_size"] = f.size
+    so_far = torch.rand(count, f.size + 1, generator=g).numpy()
+    charge, expected = so_far.copy(), so_far[:, : f.size].astype(np.float64)
+    reference = f.reference(pull=pull, charge=expected)
+    assert_equal_training(f, isa, reference=reference, charge=charge, **addresses)
+    assert np.array_equal(charge[:, f.size :], so_far[:, f.size :])  # of no tensor
+    grown = charge[:, : f.size] - so_far[:, : f.size]
+    for k, (row, other) in enumerate(zip(grown, expected - so_far[:, : f.size], strict=True)):
+        assert np.linalg.norm(row - other) <= 1e-4 * np.linalg.norm(other) + 1e-6, k
+        assert row.any() == bool(f.held[k])
+    others = so_far.copy()
+    f.fit(isa, num_threads=3, charge=others, **addresses)
+    assert np.array_equal(others, charge)
+
+
+@isas
+def test_a_pull_at_nothing_is_none(isa: str) -> None:
+    f = fleet("odd", options={"strength": 3.0})
+    nothing, anchor = torch.zeros(f.size), torch.randn(f.size)
+    addresses: dict[str, Any] = {"curvature_size": f.size}
+    for name, vector in (("curvature", nothing), ("anchor", anchor)):
+        addresses[name] = np.full(len(f.held), vector.data_ptr(), dtype=np.uint64)
+    assert np.array_equal(f.fit(isa, **addresses)[0], f.fit(isa)[0])
 
 
 REPLAY = [[30, 31, 32, 33, 34, 35, 36], [1], [50, 51], [], list(range(40, 60))]
@@ -672,6 +722,9 @@ def test_an_unknown_isa_is_refused() -> None:
             },
             "curvature_size",
         ),
+        ({"charge": np.zeros((4, 3), np.float32)}, "charge has shape"),
+        ({"charge": np.zeros((5, 3))}, "charge must be float32"),
+        ({"charge": np.zeros((5, 10**5), np.float32)}, "charge has more columns"),
         ({"replay_ids": np.zeros(5, np.int32)}, "both replay"),
         ({"logits": np.zeros((5, 10), np.float32)}, "need replay"),
     ],

@@ -84,13 +84,16 @@ def test_answers_are_finite_and_near_the_float_ones(
         found = predict(x).double()
     assert bool(torch.isfinite(found).all())
     w, b, x = layer.weight.detach().double(), layer.bias.detach().double(), x.double()
-    x_step = max((max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / 255, 0.0)
     w_step = w.abs().amax(1) / 127
-    # Without calibration each input has a range of its own.
-    rows = x if calibrated is False else x.flatten()[None]
-    steps = (rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)) / 255
-    smallest = float(steps.min())
-    assume(smallest > 1e-3 and float(w_step.min()) > 1e-3)  # else a bias may exceed its 32 bits
+    # A channel whose weights are next to nothing beside the others' may lose its bias.
+    assume(float(w_step.min()) > max(2**-12 * float(w_step.max()), 1e-30))
+    # Without calibration each input has a range of its own, and at least the step that biases need.
+    rows = x.flatten()[None] if calibrated else x
+    x_step = (rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0))[:, None] / 255
+    if calibrated:
+        assume(float(x_step) > 1e-3 and float(w_step.min()) > 1e-3)  # else a bias may not fit
+    else:
+        x_step = x_step.clamp(min=float((b.abs() / w_step).max()) / (2**31 - 1 - 255 * 127 * 6))
     # |sum x w - sum x' w'| <= sum |x - x'| |w| + sum |x'| |w - w'|; the bias is off by half a unit.
     bound = x_step * w.abs().sum(1) + (x.abs().sum(1, keepdim=True) + 6 * x_step) * w_step / 2
     bound = bound + x_step * w_step / 2

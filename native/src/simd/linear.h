@@ -246,6 +246,8 @@ inline void linear_backward(const LinearBackward& p) {
       return linear_backward_as<Terms::kNoBuffer>(p);
     case Terms::kMomentum:
       return linear_backward_as<Terms::kMomentum>(p);
+    case Terms::kCharge:
+      return linear_backward_as<Terms::kCharge>(p);
   }
 }
 

@@ -10,21 +10,26 @@ enum class Terms {
   kNone,      // theta - gradient
   kNoBuffer,  // weight decay, proximal term or pull
   kMomentum,  // and a buffer
+  kCharge,    // and a path integral, with a buffer or without
 };
 
 EDGELEARN_INLINE Terms terms_of(const Step& s) {
+  if (s.charge) return Terms::kCharge;
   if (s.momentum) return Terms::kMomentum;
   return s.plain ? Terms::kNone : Terms::kNoBuffer;
 }
 
 // A tile adds the loss's gradient to what `begin_step` gives and hands the sum to `end_step`.
-// Gradients are added with a sign: down to the weights themselves, or up to the buffer.
+// Gradients are added with a sign: down to the weights themselves, or up to the buffer or charge.
 template <Terms kTerms>
-constexpr float kSign = kTerms == Terms::kMomentum ? 1.f : -1.f;
+constexpr float kSign = kTerms == Terms::kMomentum || kTerms == Terms::kCharge ? 1.f : -1.f;
 
 // Elements of `s` at `at`, the place of a vector of weights in the packed vectors.
 template <Terms kTerms>
 EDGELEARN_INLINE V begin_step(const Step& s, size_t at) {
+  if constexpr (kTerms == Terms::kCharge) {  // weight decay and momentum are not charged
+    return s.proximal == 0.f ? V{} : (load(s.theta + at) - load(s.initial + at)) * s.proximal;
+  }
   V theta = load(s.theta + at);
   if constexpr (kTerms == Terms::kNone) return theta;
   V sum = kTerms == Terms::kMomentum ? V{} : theta;
@@ -36,10 +41,25 @@ EDGELEARN_INLINE V begin_step(const Step& s, size_t at) {
   return sum;
 }
 
+// The step itself and not the difference that it makes is charged, lest small ones be rounded away.
+EDGELEARN_INLINE V end_charged_step(const Step& s, size_t at, V charged) {
+  const V theta = load(s.theta + at);
+  V down = charged;
+  if (s.decay != 0.f) down += theta * s.decay;
+  if (s.momentum) {
+    if (s.momentum_factor != 0.f) down += load(s.momentum + at) * s.momentum_factor;
+    store(s.momentum + at, down);
+  }
+  if (s.pull) down -= load(s.pull + at) * (load(s.anchor + at) - (theta - down));
+  store(s.charge + at, load(s.charge + at) + charged * s.inverse_lr * down);
+  return theta - down;
+}
+
 // The weights after the step.
 template <Terms kTerms>
 EDGELEARN_INLINE V end_step(const Step& s, size_t at, V sum) {
   if constexpr (kTerms == Terms::kNone) return sum;
+  if constexpr (kTerms == Terms::kCharge) return end_charged_step(s, at, sum);
   V theta = sum;
   if constexpr (kTerms == Terms::kMomentum) {
     store(s.momentum + at, sum);
@@ -65,6 +85,8 @@ inline void step_range(const Step& s, const float* gradient, size_t begin, size_
       return step_range_as<Terms::kNoBuffer>(s, gradient, begin, size);
     case Terms::kMomentum:
       return step_range_as<Terms::kMomentum>(s, gradient, begin, size);
+    case Terms::kCharge:
+      return step_range_as<Terms::kCharge>(s, gradient, begin, size);
   }
 }
 

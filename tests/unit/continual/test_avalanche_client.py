@@ -10,9 +10,10 @@ import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ from edgelearn.federated import egress
 from edgelearn.params import FlatModel
 from edgelearn.scenario import avalanche_names
 from edgelearn.scenario.benchmark import from_benchmark
-from edgelearn.scenario.samples import OwnedSamples, SharedSamples
+from edgelearn.scenario.datasets import Dataset
+from edgelearn.scenario.load import load
+from edgelearn.scenario.samples import OwnedSamples, Samples, SharedSamples
 from edgelearn.scenario.world import build
 from edgelearn.seeds import derive, permutation, split, torch_generator
 from edgelearn.testing.contract import check_strategy
@@ -343,10 +346,11 @@ def test_ones_own_plugin_in_a_file(tmp_path: Path) -> None:
 def test_what_the_documentation_shows_can_be_built() -> None:
     text = (Path(__file__).parents[3] / "docs" / "avalanche.md").read_text()
     shown = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.S)]
-    for tables in shown:
+    named = [tables for tables in shown if tables["client"]["strategy"].startswith("avalanche:")]
+    for tables in named:
         client = toy_scenario(client=tables["client"]).client
         assert isinstance(make_strategy(client.strategy, client.args), AvalancheStrategy)
-    assert len(shown) == 2
+    assert len(named) == 2
 
 
 @pytest.mark.parametrize("other", ["ewc", "replay"])
@@ -830,6 +834,118 @@ def test_a_network_that_grows_is_refused_by_name() -> None:
         learner.fit(fit.state, params, device, position=2, server_round=2)
 
 
+# -- experiences that come in parts ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartsDevice(ToyDevice):
+    """A device each of whose rounds brings a third of an experience, as online streams do."""
+
+    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
+        whole = ToyDevice.samples(self, position)
+        if server_round is None:
+            return whole
+        part, count = (server_round - 1) % 3, len(whole)
+        return Samples(self.store, whole.ids[count * part // 3 : count * (part + 1) // 3])
+
+
+def parts_device(num_per_class: int = 6) -> PartsDevice:
+    """It meets classes 0 and 1, class 1 at the last, and then 2 and 3."""
+    store = toy_samples(num_per_class)
+    ids = torch.arange(len(store.y), dtype=torch.int32)
+    labels = store.labels(ids)
+    parts = tuple(torch.cat([ids[labels == c] for c in pair]) for pair in ((0, 1), (2, 3)))
+    return PartsDevice(0, store, parts)
+
+
+def samples_in(held: Any, depth: int = 12) -> list[Any]:
+    """All samples in data sets that an object holds."""
+    if isinstance(held, avalanche.library().utils.AvalancheDataset):
+        return [held[k][0] for k in range(len(held))]
+    if depth == 0 or isinstance(held, nn.Module | Tensor):
+        return []
+    if isinstance(held, dict):
+        inner = list(held.values())
+    elif isinstance(held, list | tuple):
+        inner = list(held)
+    else:
+        inner = list(vars(held).values()) if hasattr(held, "__dict__") else []
+    return [x for value in inner for x in samples_in(value, depth - 1)]
+
+
+def remembered(learner: Learner, memory: Memory, device: ToyDevice) -> set[int]:
+    """Ids of the samples that the device keeps for its strategy."""
+    kept = {n: v for n, v in kept_by(learner, memory, device).items() if n not in ("model",)}
+    store = device.store
+    assert isinstance(store, SharedSamples)
+    every = store.batch(torch.arange(len(store.y), dtype=torch.int32)).x
+    found = samples_in(kept)
+    return {int((every - x).flatten(1).abs().sum(1).argmin()) for x in found}
+
+
+AT_ONCE = ["Cumulative", "ER_ACE", "GDumb", "GDumbPlugin"]
+AT_THE_END = ["AGEM", "DER", "MER", "MIR", "Replay"]
+ROOM = {"mem_size": 99, "patterns_per_exp": 99, "subsample": 99}
+
+
+@pytest.mark.parametrize("name", [*AT_ONCE, *AT_THE_END])
+def test_what_arrives_in_parts_is_kept_as_it_arrives(name: str) -> None:
+    room = {key: ROOM[key] for key in ARGUMENTS[name] if key in ROOM}
+    learner = toy_learner(strategy(name, **room, state_kib=256))
+    device = parts_device()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    arrived: set[int] = set()
+    for position in (0, 1):
+        before = set(arrived)
+        for server_round in (1, 2, 3):
+            now = 3 * position + server_round
+            fit = learner.fit(state, params, device, position=position, server_round=now)
+            state, params = fit.state, moved(learner, params, fit.update.arrays)
+            arrived |= set(device.samples(position, server_round=now).ids.tolist())
+            kept = remembered(learner, state.memory, device)
+            assert kept == (arrived if name in AT_ONCE else before), (position, server_round)
+        state = learner.consolidate(state, params, device, upto=position + 1)
+        assert remembered(learner, state.memory, device) == arrived
+
+
+def test_classes_that_arrive_late_are_those_of_the_experience() -> None:
+    learner, device = toy_learner(strategy("LwF")), parts_device()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    for server_round in (1, 2, 3):
+        state = learner.fit(state, params, device, position=0, server_round=server_round).state
+    assert session_of(learner, state.memory, device)._classes == [[0, 1]]
+    state = learner.consolidate(state, params, device, upto=1)
+    fit = learner.fit(state, params, device, position=1, server_round=4)
+    session = session_of(learner, fit.state.memory, device)
+    assert session._classes == [[0, 1], [2]]
+    (plugin,) = [p for p in session.strategy.plugins if hasattr(p, "lwf")]
+    assert plugin.lwf.prev_classes_by_task == {0: {0, 1}}
+
+
+def test_what_counts_an_experience_when_it_begins_is_refused_in_parts() -> None:
+    learner, device = toy_learner(strategy("CWRStar")), parts_device()
+    state, params = learner.initial_state(device.store), learner.model.initial()
+    state = learner.fit(state, params, device, position=0, server_round=1).state
+    again = learner.fit(state, params, device, position=0, server_round=1)  # no more than before
+    with pytest.raises(StrategyError, match=r"CWRStar counts .* it needs stream.online = false"):
+        learner.fit(again.state, params, device, position=0, server_round=2)
+
+
+def test_a_fleet_learns_an_online_stream_with_er_ace_of_avalanche() -> None:
+    scenario = toy_scenario(
+        fleet={"num_devices": 2, "cohort": 2},
+        stream={"online": True, "rounds_per_experience": 3},
+        client={
+            "strategy": "avalanche:ER_ACE",
+            "args": {"mem_size": 24, "batch_size_mem": 4},
+            "epochs": 4,
+        },
+    )
+    record = edgelearn.simulate(scenario, engine="reference")
+    assert all(line["outcomes"]["ok"] == 2 for line in record.rounds)
+    assert record.scores().average_accuracy > 0.9
+
+
 # -- whole runs ------------------------------------------------------------------------------------
 
 
@@ -899,8 +1015,9 @@ def test_a_device_without_samples_of_an_experience_has_no_benchmark() -> None:
         avalanche.as_avalanche(world, 0)
 
 
-def tensors(num_per_class: int, part: str) -> Any:
+def tensors(num_per_class: int, part: str, shift: int = 0) -> Any:
     x, y = toy_images(num_per_class, part)
+    x = np.roll(x, shift, axis=-1)
     pairs = TensorDataset(torch.from_numpy(x).float() / 255, torch.from_numpy(y))
     return avalanche.library().utils._make_taskaware_classification_dataset(
         pairs, targets=y.tolist(), task_labels=0
@@ -916,6 +1033,18 @@ def benchmark(kind: str) -> Any:
             return lib.nc_benchmark(train, test, n_experiences=2, task_labels=False, **order)
         if kind == "ni":
             return lib.ni_benchmark(train, test, n_experiences=3, task_labels=False)
+        if kind == "new-instances":
+            return lib.new_instances_benchmark(train, test, num_experiences=3)
+        if kind == "domains":
+            return lib.benchmark_from_datasets(
+                train=[tensors(4, "train", shift) for shift in range(3)],
+                test=[tensors(2, "test", shift) for shift in range(3)],
+            )
+        if kind == "uneven":
+            order = {"fixed_class_order": [2, 0, 3, 1], "shuffle": False}
+            return lib.nc_benchmark(
+                train, test, n_experiences=2, task_labels=False, per_exp_classes={0: 3}, **order
+            )
         return lib.class_incremental_benchmark(
             {"train": train, "test": test}, num_experiences=2, class_order=[2, 0, 3, 1]
         )
@@ -958,3 +1087,132 @@ def test_a_benchmark_of_new_instances_names_the_experience_of_each_sample() -> N
         x = torch.from_numpy(dataset.x_train[own]).float() / 255
         assert as_set(x, dataset.y_train[own].tolist()) == theirs
     assert np.unique(dataset.users_test).tolist() == list(range(len(given.test_stream)))
+
+
+GIVEN = {"ni": 3, "new-instances": 3, "domains": 3, "uneven": 2, "class_incremental": 2}
+
+
+@pytest.fixture(scope="session", params=GIVEN)
+def given_benchmark(request: pytest.FixtureRequest) -> tuple[Any, Dataset]:
+    """A benchmark that Avalanche itself built, and its data set."""
+    made = benchmark(request.param)
+    dataset = from_benchmark(made)
+    assert dataset.num_experiences == GIVEN[request.param]
+    # Some streams can be counted only by going through them.
+    whole = {name: list(getattr(made, name)) for name in ("train_stream", "test_stream")}
+    return SimpleNamespace(**whole), dataset
+
+
+def contents(data: Any, number: Mapping[int, int]) -> set[tuple[bytes, int]]:
+    items = [data[k] for k in range(len(data))]
+    found = as_set(torch.stack([i[0] for i in items]), [number[int(i[1])] for i in items])
+    assert len(found) == len(items) > 0
+    return found
+
+
+def numbers(given: Any, dataset: Dataset) -> dict[int, int]:
+    """Return what labels of a benchmark are called in its data set."""
+    theirs = [
+        int(made.dataset[k][1]) for made in given.train_stream for k in range(len(made.dataset))
+    ]
+    return dict(zip(theirs, dataset.y_train.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_a_fleet_meets_the_experiences_of_a_benchmark_in_time(
+    given_benchmark: tuple[Any, Dataset], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, dataset = given_benchmark
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    T, number = len(given.train_stream), numbers(given, dataset)
+    world = build(
+        toy_scenario(
+            fleet={"num_devices": 3, "cohort": 3},
+            stream={"kind": "given", "num_experiences": T},
+            partition={"kind": kind},
+        )
+    )
+    tested: set[tuple[bytes, int]] = set()
+    for position, made in enumerate(given.train_stream):
+        shown: set[tuple[bytes, int]] = set()
+        for device in range(3):
+            samples = world.train_samples(device, position)
+            found = as_set(samples.batch().x, samples.labels.tolist())
+            assert len(found) == len(samples)
+            assert not shown & found
+            shown |= found
+        assert shown == contents(made.dataset, number)
+        occurring = {label for _, label in contents(made.dataset, number)}
+        assert world.stream.classes(position) == tuple(sorted(occurring))
+        tests = [world.test_samples(device, position) for device in range(3)]
+        own = {pair for s in tests for pair in as_set(s.batch().x, s.labels.tolist())}
+        if len(given.test_stream) == T:
+            assert own == contents(given.test_stream[position].dataset, number)
+        assert not tested & own
+        tested |= own
+    everything = [contents(made.dataset, number) for made in given.test_stream]
+    assert tested == set().union(*everything)
+
+
+def test_there_and_back_a_benchmark_is_the_same(
+    given_benchmark: tuple[Any, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, dataset = given_benchmark
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    T, number = len(given.train_stream), numbers(given, dataset)
+    world = build(
+        toy_scenario(
+            fleet={"num_devices": 1, "cohort": 1}, stream={"kind": "given", "num_experiences": T}
+        )
+    )
+    back = avalanche.as_avalanche(world, 0)
+    same = dict(zip(range(4), range(4), strict=True))
+    assert len(back.train_stream) == len(back.test_stream) == T
+    seen: set[int] = set()
+    for ours, theirs in zip(back.train_stream, given.train_stream, strict=True):
+        assert contents(ours.dataset, same) == contents(theirs.dataset, number)
+        assert ours.previous_classes == sorted(seen)
+        seen |= {label for _, label in contents(theirs.dataset, number)}
+        assert ours.classes_seen_so_far == sorted(seen)
+    if len(given.test_stream) == T:
+        for ours, theirs in zip(back.test_stream, given.test_stream, strict=True):
+            assert contents(ours.dataset, same) == contents(theirs.dataset, number)
+
+
+def test_another_number_of_experiences_than_the_benchmark_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = from_benchmark(benchmark("domains"), name="shifted")
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    with pytest.raises(ScenarioError, match="num_experiences: got 5; the data set 'shifted' has 3"):
+        build(toy_scenario(stream={"kind": "given", "num_experiences": 5}))
+
+
+def test_a_device_without_samples_of_a_given_experience_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = from_benchmark(benchmark("domains"))
+    monkeypatch.setattr("edgelearn.testing.toy.toy_dataset", lambda _spec: dataset)
+    world = build(  # each experience is a user of its own: a device has one, and idles in others
+        toy_scenario(
+            fleet={"num_devices": 3, "cohort": 3},
+            stream={"kind": "given", "num_experiences": 3},
+            partition={"kind": "user"},
+        )
+    )
+    assert [len(world.train_samples(1, position)) for position in range(3)] == [0, 16, 0]
+    with pytest.raises(ScenarioError, match="device 1 has no train samples at position 0"):
+        avalanche.as_avalanche(world, 1)
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[3] / "docs/avalanche.md").read_text()
+    for name, code in re.findall(r"<!-- example: (\S+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(code)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["turned.py", "turned.toml"]
+    monkeypatch.chdir(tmp_path)
+    record = edgelearn.simulate(load("turned.toml"))
+    assert len(record.rounds) == 12
+    assert record.scores().learning_accuracy > 0.8

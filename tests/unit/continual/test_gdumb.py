@@ -155,18 +155,36 @@ def test_it_begins_again_once_for_the_whole_fleet(has_begun):
 def test_what_is_not_in_the_buffer_teaches_nothing():
     memory = fit(begun(), samples(0, 40), given(MODEL, 1, 1)).memory
     params = given(MODEL, 2, 1)
-    one, other = fit(memory, samples(0, 40), params), fit(memory, samples(40, 80), params)
+    x = STORE.x.clone()
+    outside = [i for i in range(40) if i not in memory["buffer"].tolist()]
+    x[outside] += 5.0
+    changed = Memory(dict(memory), SharedSamples(x, LABELS, Encoding()))
+    one, other = fit(memory, samples(0, 40), params), fit(changed, samples(0, 40), params)
+    assert len(outside) == 30
     assert torch.equal(one.params, other.params)
     assert torch.equal(other.memory["buffer"], memory["buffer"])
 
 
 def test_an_experience_is_taken_in_once():
     memory = fit(begun(), samples(0, 40), given(MODEL, 1, 0)).memory
-    assert memory["taken"].tolist() == memory["begun"].tolist() == [1]
+    assert memory["taken"].tolist() == [samples(0, 40).fingerprint]
+    again = fit(memory, samples(0, 40), given(MODEL, 2, 1), seed=6).memory
+    assert torch.equal(again["buffer"], memory["buffer"])
     done = STRATEGY.finish(MODEL, MODEL.initial(), samples(0, 40), memory, torch.Generator())
     assert torch.equal(done["buffer"], memory["buffer"])
     away = STRATEGY.finish(MODEL, MODEL.initial(), samples(0, 40), begun(), torch.Generator())
     assert counts(away) == [5, 5, 0, 0]
+
+
+def test_what_comes_in_parts_is_taken_in_by_part():
+    memory = begun()
+    for first, expected in ((0, [10, 0, 0, 0]), (20, [5, 5, 0, 0]), (40, [4, 3, 3, 0])):
+        memory = fit(memory, samples(first, first + 20), given(MODEL, 1, 1)).memory
+        assert sorted(counts(memory)) == sorted(expected)
+    done = STRATEGY.finish(MODEL, MODEL.initial(), samples(0, 60), memory, torch.Generator())
+    assert torch.equal(done["buffer"], memory["buffer"])  # nothing twice
+    ids = done["buffer"]
+    assert len(ids.unique()) == len(ids)
 
 
 def test_batch_norm_begins_again_too():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from edgelearn.continual.memory import Memory, check
+from edgelearn.continual.path import PathIntegral
 from edgelearn.continual.si import SI
 from edgelearn.continual.strategy import Pull
 from edgelearn.scenario.samples import Samples
@@ -112,6 +113,9 @@ def test_importance_grows_when_the_experience_has_ended():
 
 def test_the_penalty_is_declared_and_has_the_papers_strength():
     assert SI(c=0.7).pull() == Pull("importance", "anchor", 1.4)
+    assert SI().path() == PathIntegral("path", "moved")
+    assert SI().is_declared
+    assert not SI(storage="int8").is_declared  # a round begins with decoding
     pull = SI(c=0.7, step="explicit").pull()
     assert pull.is_explicit
     memory = Memory({"importance": torch.tensor([2.0, 0.0]), "anchor": torch.tensor([1.0, 1.0])})

@@ -118,6 +118,21 @@ def test_tensors_with_gradients_or_strides_can_be_written(path: Path) -> None:
     assert torch.equal(file.read(0, 0, None)["a"], value.detach())
 
 
+def test_a_memory_is_rewritten_in_part(path: Path) -> None:
+    layout = RecordLayout.of(DECLARATION)
+    RecordFile.create(path, layout, 3)
+    file, old, new = RecordFile(path, layout, 3), state(1).memory, state(2).memory
+    file.write(1, 0, old)
+    part = {name: new[name] for name in ("fisher", "half")}
+    for write_slot in (1, 0):  # to the other slot, and in place
+        checksum = file.rewrite(1, 0, write_slot, part)
+        assert checksum == file.checksum(1, write_slot)
+        assert_same_memory(file.read(1, write_slot, None), old.replace(**part))
+    file.rewrite(2, UNWRITTEN, 0, part)
+    assert_same_memory(file.read(2, 0, None), Memory.initial(DECLARATION).replace(**part))
+    assert not file.read(0, 0, None)["fisher"].any()
+
+
 def test_another_process_sees_what_was_written(path: Path) -> None:
     layout = RecordLayout.of(DECLARATION)
     RecordFile.create(path, layout, 2)

@@ -7,7 +7,7 @@ import edgelearn
 from edgelearn.device.learner import make_learner
 from edgelearn.device.loop import DeviceLoop
 from edgelearn.errors import DivergenceError, StateError
-from edgelearn.runtime.int8 import Int8Runtime
+from edgelearn.runtime.int8 import Int8Prepared, Int8Runtime
 from edgelearn.scenario.world import build
 
 
@@ -23,13 +23,14 @@ def world():
     )
 
 
-def wake(world, directory, learner=None):
+def wake(world, directory, learner=None, **options):
     return DeviceLoop(
         learner or make_learner(world),
         Int8Runtime(),
         directory,
         encoding=world.train.encoding,
         sample_shape=world.sample_shape,
+        **options,
     )
 
 
@@ -57,6 +58,26 @@ def test_it_learns_from_feedback_and_remembers(world, tmp_path):
     assert share(device, *shown(world, 0)) > 0.8
     assert share(device, *shown(world, 1)) > 0.9
     assert device.position == 2
+
+
+def test_ranges_are_observed_anew_only_when_they_drift(world, tmp_path, monkeypatch):
+    rows = []
+    observed = Int8Prepared.observed
+    monkeypatch.setattr(
+        Int8Prepared, "observed", lambda self, x: rows.append(len(x)) or observed(self, x)
+    )
+    device = wake(world, tmp_path, recalibrate="on-drift")
+    device.feedback(*shown(world, 0))
+    for _ in range(4):
+        device.infer(shown(world, 0)[0])
+        device.learn()
+    x, labels = shown(world, 0)
+    assert share(device, x, labels) > 0.9
+    assert rows[:2] == [8, 64]
+    assert rows.count(8) == 5  # a probe for each model
+    assert 1 <= rows.count(64) < 5
+    with pytest.raises(ValueError, match="recalibrate is 'never'; allowed are always, on-drift"):
+        wake(world, tmp_path, recalibrate="never")
 
 
 def test_it_survives_a_restart_between_any_two_steps(world, tmp_path):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edgelearn.device.profile import DEFAULT, Profile, assign, folder, load_profile
+from edgelearn.device.profile import Profile, assign, folder, load_profile
 from edgelearn.errors import ScenarioError
+from edgelearn.scenario.kinds import DEFAULT_KIND
 
 GOOD = """
 memory_mib = 64
@@ -44,7 +45,7 @@ def test_built_in_profiles_load(path: Path) -> None:
 
 
 def test_the_default_is_built_in() -> None:
-    assert load_profile(DEFAULT).name == DEFAULT
+    assert load_profile(DEFAULT_KIND).name == DEFAULT_KIND
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def names(shares: dict[str, float], num_devices: int, seed: int = 0) -> list[str
 
 
 def test_without_shares_all_devices_are_alike() -> None:
-    assert names({}, 5) == [DEFAULT] * 5
+    assert names({}, 5) == [DEFAULT_KIND] * 5
 
 
 @pytest.mark.parametrize("num_devices", [10, 100, 1000])

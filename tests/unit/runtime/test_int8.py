@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import edgelearn
-from edgelearn.compress.quantize import activation_scale, quantize_weight
+from edgelearn.compress.quantize import activation_scale, fake_quantize_weight, quantize_weight
+from edgelearn.errors import ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
 from edgelearn.runtime.int8 import Int8Predictor, Int8Runtime
@@ -47,7 +48,9 @@ def serve(model: FlatModel, calibration: Tensor, params: Tensor | None = None) -
 # -- a second implementation, in integers ----------------------------------------------------------
 
 
-def integer_layer(layer: nn.Linear | nn.Conv2d, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def integer_layer(
+    layer: nn.Linear | nn.Conv2d, x: Tensor, low: Tensor, high: Tensor, *, largest: int = 127
+) -> Tensor:
     """Do what an integer kernel does, with NumPy's int64 and plain loops.
 
     `low` and `high` are scalars (calibrated) or [B] (the range of each input).
@@ -57,7 +60,7 @@ def integer_layer(layer: nn.Linear | nn.Conv2d, x: Tensor, low: Tensor, high: Te
     step, zero = step.reshape(shape), zero.reshape(shape)
     codes = torch.clamp(torch.round(x / step) + zero, 0, 255)
     centred = codes.numpy().astype(np.int64) - zero.numpy().astype(np.int64)
-    weight, scale = (t.numpy() for t in quantize_weight(layer.weight.detach()))
+    weight, scale = (t.numpy() for t in quantize_weight(layer.weight.detach(), largest=largest))
     if isinstance(layer, nn.Linear):
         total = centred @ weight.astype(np.int64).T
         per_channel = scale
@@ -121,6 +124,34 @@ def test_calibrated_arithmetic_is_that_of_an_integer_kernel(name: str) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("bits", "largest"), [(7, 64), (4, 7)])
+@pytest.mark.parametrize("name", ["wide linear", "conv, groups"])
+def test_weights_of_fewer_bits_have_smaller_codes(name: str, bits: int, largest: int) -> None:
+    factory, shape = LAYERS[name]
+    model = made(factory)
+    calibration, x = randn(16, *shape, seed=1), randn(9, *shape, seed=2)
+    prepared = Int8Runtime(weight_bits=bits).prepare(model, model.initial())
+    low, high = calibration.min(), calibration.max()
+    expected = integer_layer(model.module, x, low, high, largest=largest)  # type: ignore[arg-type]
+    assert torch.equal(prepared.calibrated(calibration)(x), expected)
+    assert not torch.equal(serve(model, calibration)(x), expected)
+
+
+def test_weights_of_four_bits_are_two_to_a_byte() -> None:
+    model = made(lambda: nn.Linear(5, 3))
+    sizes = [
+        Int8Runtime(weight_bits=bits)
+        .prepare(model, model.initial())
+        .calibrated(randn(0))
+        .model_bytes
+        for bits in (8, 7, 4)
+    ]
+    assert sizes == [15 + 12 + 12 + 5, 15 + 12 + 12 + 5, 8 + 12 + 12 + 5]
+    assert make_runtime("int8", {"weight_bits": 4}).weight_bits == 4  # type: ignore[attr-defined]
+    with pytest.raises(ScenarioError, match="weight_bits is 9; allowed: 2 to 8"):
+        make_runtime("int8", {"weight_bits": 9})
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_without_calibration_each_input_has_its_own_range(name: str) -> None:
     factory, shape = LAYERS[name]
@@ -158,6 +189,29 @@ def test_a_bias_that_does_not_fit_32_bits_saturates_as_it_would_on_a_device() ->
     found = serve(model, x)(x)
     assert torch.equal(found, integer_layer(model.module, x, x.min(), x.max()))  # type: ignore[arg-type]
     assert float(found.abs().max()) < 1e3
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-4, 1.0])
+def test_an_input_of_a_range_too_small_for_the_bias_has_a_larger_step(factor: float) -> None:
+    """Without calibration: at the step of its own range, the bias would not fit 32 bits."""
+    model = made(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4)))
+    with torch.no_grad():
+        model.module[0].bias.copy_(torch.tensor([1e3, -50.0, 0.0]))  # type: ignore[index,operator]
+    x = factor * randn(5, 2, 4, 4)
+    expected = model(model.initial(), x).detach()
+    found = serve(model, torch.empty(0, 2, 4, 4))(x)
+    assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
+    alone = torch.cat([serve(model, torch.empty(0, 2, 4, 4))(row) for row in x.split(1)])
+    assert torch.equal(found, alone)
+
+
+def test_a_channel_of_hardly_any_weight_does_not_coarsen_its_neighbours() -> None:
+    model = made(lambda: nn.Linear(8, 3))
+    with torch.no_grad():
+        model.module.weight[1] *= 1e-12  # type: ignore[index,operator]
+    x = randn(6, 8)
+    error = serve(model, torch.empty(0, 8))(x) - model(model.initial(), x)
+    assert float(error[:, [0, 2]].abs().max()) < 0.02
 
 
 def test_sums_beyond_the_whole_numbers_of_float32_are_exact() -> None:
@@ -423,3 +477,24 @@ def test_runtimes_are_found_by_name() -> None:
     assert isinstance(make_runtime("float", {}), FloatRuntime)
     with pytest.raises(edgelearn.EdgelearnError, match="Int8Runtime does not take it"):
         make_runtime("int8", {"bits": 4})
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_fewer_bits_are_a_coarser_grid_and_fewer_bytes(bits: int) -> None:
+    model = FlatModel(nn.Linear(6, 5))
+    params, x = model.initial(), randn(9, 6)
+    predictor = Int8Runtime(weight_bits=bits).prepare(model, params).calibrated(x)
+    weight, bias = params[:30].view(5, 6), params[30:]
+    rounded = torch.cat([fake_quantize_weight(weight, bits=bits).flatten(), bias])
+    low, high = float(x.min()), float(x.max())
+    step = (max(high, 0) - min(low, 0)) / 255
+    difference = (predictor(x) - model(rounded, x)).abs().amax()
+    assert difference <= 6 * float(weight.abs().amax()) * step  # the activations' rounding alone
+    packed = {2: 8, 4: 15, 5: 19, 8: 30}[bits]  # 30 codes
+    assert predictor.model_bytes == packed + 4 * 5 + 4 * 5 + 5
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True, "4"])
+def test_bits_that_are_none(bits: object) -> None:
+    with pytest.raises(ValueError, match=r"weight_bits is .*; allowed: 2 to 8"):
+        Int8Runtime(weight_bits=bits)  # type: ignore[arg-type]

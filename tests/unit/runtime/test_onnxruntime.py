@@ -25,7 +25,12 @@ from edgelearn.scenario.world import World, build
 
 onnx = pytest.importorskip("onnx")
 engine = pytest.importorskip("onnxruntime")
-from edgelearn.runtime.onnxruntime import OnnxPredictor, OnnxRuntime, exact_weight_bits  # noqa: E402
+from edgelearn.runtime.onnxruntime import (  # noqa: E402
+    OnnxPredictor,
+    OnnxRuntime,
+    exact_here,
+    exact_weight_bits,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -240,6 +245,14 @@ def test_without_calibration_each_input_has_its_own_range() -> None:
     assert predict(x[:0]).shape == (0, 3)
 
 
+def test_an_input_of_a_range_too_small_for_the_bias_is_answered() -> None:
+    model = made(lambda: mlp(input_shape=(8,), num_classes=3, hidden=(6,)))
+    params, x = moved(model), 1e-9 * rand(4, 8)
+    found = OnnxRuntime(weight_bits=8).prepare(model, params).calibrated(x[:0])(x)
+    expected = model(params, x)
+    assert float((found - expected).abs().max()) < 0.03 * float(expected.abs().max())
+
+
 def test_inputs_of_zeros_only_are_answered() -> None:
     model = made(lambda: mlp(input_shape=(8,), num_classes=3, hidden=(6,)))
     predict = serve(model, model.initial(), torch.zeros(4, 8))
@@ -272,24 +285,81 @@ def trained(model: FlatModel, world: World) -> Tensor:
     return params.detach()
 
 
-@pytest.mark.parametrize(("bits", "least", "most"), [(8, 0.995, 0.003), (7, 0.985, 0.01)])
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_trained_on_digits_it_agrees_with_the_int8_runtime(
-    name: str, bits: int, least: float, most: float
-) -> None:
-    world = build(edgelearn.load("split-digits", model={"name": name, "args": {}}))
+@pytest.fixture(scope="module")
+def world() -> World:
+    return build(edgelearn.load("split-digits", model={"name": "cnn", "args": {}}))
+
+
+@pytest.fixture(scope="module")
+def served(world: World) -> tuple[FlatModel, Tensor]:
     model = world.model()
     params = trained(model, world)
     model.module.eval()
+    return model, params
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+def test_trained_on_digits_it_gives_the_answers_of_the_int8_runtime(
+    world: World, served: tuple[FlatModel, Tensor], bits: int
+) -> None:
+    """All of them: with as many bits of a weight, both compute with the same integers."""
+    if bits > exact_here():
+        pytest.skip("this processor's kernels don't multiply 8-bit weights exactly")
+    model, params = served
     calibration = world.train.batch(torch.arange(64)).x
     test = world.test.batch(torch.arange(len(world.test.y)))
-    expected = Int8Runtime().prepare(model, params).calibrated(calibration)(test.x).argmax(1)
+    reference = Int8Runtime(weight_bits=bits).prepare(model, params).calibrated(calibration)
+    expected = reference(test.x).argmax(1)
     found = serve(model, params, calibration, OnnxRuntime(weight_bits=bits))(test.x).argmax(1)
-    agreement = float((found == expected).float().mean())
-    accuracies = [float((y == test.y).float().mean()) for y in (found, expected)]
-    assert accuracies[1] > 0.93
-    assert agreement >= least
-    assert abs(accuracies[0] - accuracies[1]) <= most
+    assert float((expected == test.y).float().mean()) > 0.93
+    assert int((found != expected).sum()) == 0
+
+
+class Inverted(nn.Module):
+    """A block of MobileNetV2: what goes into its sum is 8-bit codes in one runtime only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+        depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        self.deep = nn.Sequential(depthwise, nn.BatchNorm2d(32), nn.ReLU6())
+        self.narrow = nn.Sequential(nn.Conv2d(32, 8, 1, bias=False), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.deep(self.wide(x)))  # type: ignore[no-any-return]
+
+
+def mobile() -> nn.Module:
+    first = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()]
+    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    return nn.Sequential(*first, nn.MaxPool2d(2), Inverted(), Inverted(), *last)
+
+
+def test_a_residual_network_trained_on_digits_gives_nearly_all_of_the_int8_runtime_s_answers(
+    world: World,
+) -> None:
+    train, test = (w.batch(torch.arange(len(w.y))) for w in (world.train, world.test))
+    model = made(mobile)
+    model.module.train()
+    optimizer = torch.optim.Adam(model.module.parameters(), lr=0.02)
+    for step in range(150):
+        chosen = torch.randperm(len(train.y), generator=seeded(step))[:96]
+        loss = F.cross_entropy(model.module(train.x[chosen]), train.y[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.module.eval()
+    kept = {k: v for k, v in model.module.state_dict().items() if k in model.layout.names}
+    params = model.layout.flatten(kept)
+    with torch.no_grad():
+        reference = Int8Runtime(weight_bits=7).prepare(model, params).calibrated(train.x[:64])
+        expected = reference(test.x).argmax(1)
+    runtime = OnnxRuntime(weight_bits=7)
+    found = serve(model, params, train.x[:64], runtime)(test.x).argmax(1)
+    accuracies = [float((y == test.y).double().mean()) for y in (found, expected)]
+    assert accuracies[1] > 0.9
+    assert float((found == expected).double().mean()) >= 0.995
+    assert abs(accuracies[0] - accuracies[1]) <= 0.003
 
 
 def test_a_run_is_served_by_it(raw: dict[str, Any]) -> None:

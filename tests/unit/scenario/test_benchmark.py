@@ -45,6 +45,20 @@ def test_where_classes_come_back_the_experience_is_the_user() -> None:
     assert dataset.users_test.tolist() == [0, 1]
 
 
+def test_each_sample_keeps_its_experience() -> None:
+    back = from_benchmark(of(stream([0, 2], [2, 0, 0]), stream([0], [2])))
+    split = from_benchmark(of(stream([1, 1], [0]), stream([0, 1])))
+    for dataset, train in ((back, [0, 0, 1, 1, 1]), (split, [0, 0, 1])):
+        assert dataset.experiences_train is not None
+        assert dataset.experiences_train.tolist() == train
+        assert dataset.num_experiences == 2
+    assert back.experiences_test is not None
+    assert back.experiences_test.tolist() == [0, 1]
+    assert split.experiences_test is None  # one test set for all of them
+    with pytest.raises(DatasetError, match="2 experiences to test and 3 to train on"):
+        from_benchmark(of(stream([0], [0], [0]), stream([0], [0])))
+
+
 def test_numbers_that_bytes_cannot_hold_stay_as_they_are() -> None:
     given = of(stream([0], [1], dtype=np.float64), stream([0, 1], dtype=np.float64))
     dataset = from_benchmark(given)
@@ -52,9 +66,11 @@ def test_numbers_that_bytes_cannot_hold_stay_as_they_are() -> None:
     assert dataset.x_test[1, 0, 0, 0] == 8.0
 
 
-def test_uneven_experiences_are_refused() -> None:
-    with pytest.raises(DatasetError, match=r"have \[1, 3\] classes; .* 4 classes out as \[2, 2\]"):
-        from_benchmark(of(stream([0], [1, 2, 3]), stream([0])))
+def test_uneven_experiences_are_kept() -> None:
+    dataset = from_benchmark(of(stream([9], [1, 2, 3]), stream([9, 1])))
+    assert dataset.y_train.tolist() == [0, 1, 2, 3]
+    assert dataset.experiences_train is not None
+    assert dataset.experiences_train.tolist() == [0, 1, 1, 1]
 
 
 def test_what_does_not_fit_is_an_error() -> None:

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from edgelearn.errors import ScenarioError
-from edgelearn.scenario.load import from_dict, to_toml
+from edgelearn.scenario.load import from_dict, load, to_toml
 
 DOMAINS = {"stream.kind": "domain-incremental"}
 
@@ -15,6 +15,12 @@ DOMAINS = {"stream.kind": "domain-incremental"}
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
+        ({"client.train": "last:0"}, "train: got 'last:0'.*; allowed: all, bias, norm, last:N"),
+        ({"client.train": "biases"}, "did you mean 'bias'"),
+        ({"client.train": []}, "train: got an empty list"),
+        ({"client.train": ["0", 1]}, "train: got 1 in a list of texts"),
+        ({"client.train": 1}, "train: expected a text, got 1"),
+        ({"client.accumulate": 11}, "accumulate: got 11; a batch of 10 has at most"),
         ({"stream.num_domains": 2}, "num_domains: got 2; only a domain-incremental"),
         ({"stream.drift": "gradual"}, "drift: got 'gradual'; only a domain-incremental"),
         ({**DOMAINS, "stream.num_domains": 6}, "num_domains: got 6; at most 5"),
@@ -83,3 +89,29 @@ def test_all_faults_are_reported_at_once(raw):
 def test_what_is_just_allowed(raw, overrides):
     scenario = from_dict(raw, overrides=overrides)
     assert from_dict(tomllib.loads(to_toml(scenario))) == scenario
+
+
+def test_a_list_of_layers_travels_through_toml(raw, tmp_path):
+    scenario = from_dict(raw, overrides={"client.train": ["1.bias", "3"], "client.accumulate": 2})
+    assert scenario.client.train == ("1.bias", "3")
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(scenario))
+    assert load(path) == scenario
+
+
+def test_later_options_are_in_the_digest_only_where_they_are_set(raw):
+    """So that runs from before they existed can be gone on with."""
+    plain = from_dict(raw)
+    small = {"small": {"name": "mlp", "args": {"hidden": [3]}, "share": 0.5}}
+    for key, default, other in (
+        ("client.train", "all", "bias"),
+        ("client.accumulate", 1, 2),
+        ("client.checkpoint", False, True),
+        ("data.public", 0, 10),
+        ("fleet.width", {}, {"phone-mid": 0.5}),
+        ("fleet.runtime_args", {}, {"phone-mid": {"weight_bits": 4}}),
+        ("model.variants", {}, small),
+    ):
+        assert from_dict(raw, overrides={key: default}).digest == plain.digest
+        assert from_dict(raw, overrides={key: other}).digest != plain.digest
+    assert load("split-digits").digest == "9b71dab60b63b635", "as in edgelearn 0.1"

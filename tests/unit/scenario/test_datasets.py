@@ -231,6 +231,29 @@ def test_users_are_cut_with_the_samples(monkeypatch):
     assert len(data.y_train) == len(data.x_train) == 3
 
 
+def test_a_cut_takes_of_each_experience_in_proportion(monkeypatch):
+    owner = np.array([0] * 8 + [1] * 4 + [2])
+    x = np.arange(13, dtype=np.uint8)[:, None]
+    sized = replace(
+        TOY,
+        x_train=x,
+        y_train=np.zeros(13, np.int64),
+        users_train=None,
+        x_test=x,
+        y_test=np.zeros(13, np.int64),
+        users_test=None,
+        experiences_train=owner,
+        experiences_test=owner,
+    )
+    data = given(sized, monkeypatch, max_train=7, max_test=3)
+    assert data.x_train[:, 0].tolist() == [0, 1, 2, 3, 8, 9, 12]
+    assert data.experiences_train.tolist() == [0, 0, 0, 0, 1, 1, 2]
+    assert data.x_test[:, 0].tolist() == [0, 8, 12]
+    assert data.experiences_test.tolist() == [0, 1, 2]
+    with pytest.raises(DatasetError, match="cut to 2, fewer than the 3 experiences"):
+        given(sized, monkeypatch, max_train=2)
+
+
 @pytest.mark.parametrize(
     ("dataset", "expected"),
     [
@@ -244,6 +267,30 @@ def test_users_are_cut_with_the_samples(monkeypatch):
         (
             replace(TOY, x_train=TOY.x_train[:0], y_train=TOY.y_train[:0], users_train=None),
             "0 training samples but 0 labels",
+        ),
+        (
+            replace(TOY, experiences_test=np.array([0, 1])),
+            "experiences of test samples, but none of training",
+        ),
+        (
+            replace(TOY, experiences_train=np.array([0, 1])),
+            "of training samples are 2 int64, expected 4",
+        ),
+        (
+            replace(TOY, experiences_train=np.array([0, 1, 0, 1], np.int32)),
+            "are 4 int32, expected 4 int64",
+        ),
+        (
+            replace(TOY, experiences_train=np.array([0, 2, 0, 2])),
+            r"training samples are of the experiences \[0, 2\]; each of 0 to 2 needs some",
+        ),
+        (
+            replace(
+                TOY,
+                experiences_train=np.array([0, 1, 0, 1]),
+                experiences_test=np.array([1, 1]),
+            ),
+            r"test samples are of the experiences \[1\]",
         ),
     ],
 )

@@ -402,6 +402,9 @@ OTHER = {  # another valid value for each key of a scenario
     "client.lr": 0.06,
     "client.momentum": 0.9,
     "client.weight_decay": 0.1,
+    "client.train": "last:1",
+    "client.accumulate": 2,
+    "client.checkpoint": True,
     "server.strategy": "FedAdam",
     "server.args": {"x": 1},
     "server.max_update_norm": 3.0,
@@ -412,6 +415,7 @@ OTHER = {  # another valid value for each key of a scenario
     "runtime.num_calibration": 3,
     "evaluate.every_rounds": 2,
     "evaluate.num_devices": 1,
+    "compress.pipeline": "prune(0.5) | quantize",
 }
 
 

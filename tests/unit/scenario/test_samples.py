@@ -215,3 +215,12 @@ def test_restore():
     # It goes on as the one that was saved.
     assert torch.equal(back.add(X[:3], Y[:3]), store.add(X[:3], Y[:3]))
     assert torch.equal(back.x, store.x)
+
+
+def test_a_fingerprint_tells_samples_and_their_order_apart():
+    store = OwnedSamples.empty((2,), torch.uint8, Encoding())
+    made = [Samples(store, torch.tensor(ids, dtype=torch.int32)) for ids in ([1, 2], [2, 1], [1])]
+    prints = [samples.fingerprint for samples in made]
+    assert len(set(prints)) == 3
+    assert all(0 < number < 2**63 for number in prints)
+    assert Samples(store, torch.tensor([1, 2])).fingerprint == prints[0]  # whatever the dtype

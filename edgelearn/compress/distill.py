@@ -23,7 +23,7 @@ def soft_distillation(
     of the paper by the teacher's entropy, which has no gradient: so equal answers cost nothing.
 
     Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015,
-    arXiv:1503.02531, section 2.
+    arXiv:1503.02531.
 
     Args:
         logits: Of the student [..., C].

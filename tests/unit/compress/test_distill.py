@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgelearn.continual.distill import hard_distillation, soft_distillation
+from edgelearn.compress.distill import hard_distillation, soft_distillation
 
 
 def logits(seed, rows=5, classes=6):

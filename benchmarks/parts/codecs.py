@@ -1,0 +1,115 @@
+"""What updates cost on the wire by each codec, and what their error costs in accuracy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from harness import results
+from harness.results import Options
+
+import edgelearn
+from edgelearn.scenario.spec import Scenario
+
+PART = "codecs"
+SCENARIO = "split-fashion-mnist"
+PLAIN = "float32"
+_HUNDREDTH = {"share": 0.01, "values": "int8"}
+_TENTH = {"share": 0.1}
+CODECS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    PLAIN: ("none", {}),
+    "float16": ("float16", {}),
+    "int8": ("int8", {}),
+    "int8, entropy-coded": ("int8+lzma", {}),
+    "int4": ("int4", {}),
+    "int4, entropy-coded": ("int4+lzma", {}),
+    "int4, blocks of 1,024, entropy-coded": ("int4+lzma", {"block": 1024}),
+    "top-k, 10 %": ("top-k", _TENTH),
+    "top-k, 10 %, no feedback": ("top-k", {**_TENTH, "feedback": False}),
+    "top-k, 1 %, int8, entropy-coded": ("top-k+lzma", _HUNDREDTH),
+    "top-k, 1 %, int8, entropy-coded, no feedback": (
+        "top-k+lzma",
+        {**_HUNDREDTH, "feedback": False},
+    ),
+    "top-k, 1.5 %, int8, entropy-coded": ("top-k+lzma", {**_HUNDREDTH, "share": 0.015}),
+    "random-k, 10 %": ("random-k", _TENTH),
+}
+
+
+def scenario(codec: str, args: Mapping[str, Any], *, seed: int, quick: bool) -> Scenario:
+    """Return the scenario of a run."""
+    few = {"data": {"max_train": 2000, "max_test": 500}} if quick else {}
+    return edgelearn.load(
+        SCENARIO, wire={"codec": codec, "args": dict(args)}, evaluate={"every_rounds": 8},
+        seed=seed, **few,
+    )  # fmt: skip
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run the scenario with each codec; every turn is a seed."""
+
+    def runs(seed: int) -> dict[str, results.Run]:
+        return {
+            name: partial(_run, codec, args, seed=seed, quick=options.quick)
+            for name, (codec, args) in CODECS.items()
+        }
+
+    config = {
+        "workload": scenario("none", {}, seed=0, quick=options.quick).as_dict(),
+        "codecs": {name: [codec, dict(args)] for name, (codec, args) in CODECS.items()},
+        "command": f"python benchmarks/engines.py --only {PART}",
+    }
+    count = 1 if options.quick else 3
+    return results.repeat(PART, runs, options, config=config, repetitions=count)
+
+
+def _run(codec: str, args: Mapping[str, Any], *, seed: int, quick: bool) -> dict[str, Any]:
+    record = edgelearn.simulate(scenario(codec, args, seed=seed, quick=quick))
+    return {
+        "accuracy": record.scores().average_accuracy,
+        "forgetting": record.scores().forgetting,
+        "bytes_up": sum(line["bytes_up"] for line in record.rounds),
+    }
+
+
+def section(result: dict[str, Any]) -> str:
+    """Return the table."""
+    config = result["config"]["workload"]
+    rounds = config["stream"]["num_experiences"] * config["stream"]["rounds_per_experience"]
+    lines = [
+        (
+            f"`{SCENARIO}` ({config['client']['strategy']}, {rounds} rounds, a cohort of "
+            f"{config['fleet']['cohort']}), seeds 0 to {len(result['turns']) - 1}. Kilobytes that "
+            "all devices send in a round, with headers, metrics and what they answer when they "
+            "evaluate; accuracy and forgetting of the served int8 model at the end, mean and "
+            "sample standard deviation over seeds, and the difference to float32 seed by seed."
+        ),
+        "",
+        "| updates | kB up a round | fewer | accuracy, % | lost, points | forgetting, points |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain = results.runs_of(result, PLAIN)
+    for name in result["config"]["codecs"]:
+        found = results.runs_of(result, name)
+        if not found or len(found) != len(plain):
+            continue
+        each = statistics.mean(run["bytes_up"] / rounds for run in found)
+        fewer = statistics.mean(
+            p["bytes_up"] / run["bytes_up"] for p, run in zip(plain, found, strict=True)
+        )
+        lost = [
+            100 * (p["accuracy"] - run["accuracy"]) for p, run in zip(plain, found, strict=True)
+        ]
+        lines.append(
+            f"| {name} | {each / 1e3:,.1f} | {fewer:,.1f} x "
+            f"| {_spread([100 * run['accuracy'] for run in found])} | {_spread(lost)} "
+            f"| {_spread([100 * run['forgetting'] for run in found])} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}".replace("-", "\N{MINUS SIGN}")
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
