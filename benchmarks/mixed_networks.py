@@ -49,11 +49,11 @@ class Row:
 
 def accuracy(record: RunRecord, variant: str) -> float | None:
     """Return the pooled accuracy at the end of devices that hold a network; None without any."""
-    last = record.device_rows[-1]
-    everyone = [{"variant": SMALL, "devices": last["devices"]}]  # where there is one network
-    networks = record.run.get("networks", everyone)
-    held = [d for n in networks if n["variant"] == variant for d in n["devices"]]
-    rows = [row for row, device in enumerate(last["devices"]) if device in set(held)]
+    last, names = record.device_rows[-1], [kind["variant"] for kind in record.run["kinds"]]
+    if names == [LARGE]:  # the row in which [model] itself is small
+        names = [SMALL]
+    kind_of = record.run["kind_of"] or [0] * record.run["num_devices"]
+    rows = [r for r, device in enumerate(last["devices"]) if names[kind_of[device]] == variant]
     count = sum(sum(last["count"][row]) for row in rows)
     return sum(sum(last["served"][row]) for row in rows) / count if count else None
 

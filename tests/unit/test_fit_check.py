@@ -29,6 +29,20 @@ def checked(raw: dict[str, Any], folder: Path, num_bytes: float) -> FitCheck:
     return check_fit(from_dict(raw), [load_profile(str(profile(folder, num_bytes)))])
 
 
+def test_a_network_that_stays_is_not_sent(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["model"]["args"] = {"hidden": [64]}
+    raw["data"]["public"] = 40
+    parts = {}
+    for name in ("naive", "fedmd"):
+        raw["client"] |= {"strategy": name, "args": {}}
+        parts[name] = checked(raw, tmp_path, 2**30).planned.needs.sending.parts
+    network, logits = 4 * (64 * 64 + 64 + 64 * 10 + 10), 4 * 40 * 10
+    assert parts["naive"]["message"] == network
+    assert parts["fedmd"]["strategy"] == network + 9, "and how far it has come"
+    made_of = network + logits  # what it has learned, of which the answers travel
+    assert parts["fedmd"]["message"] - made_of == logits
+
+
 def test_the_limit_is_exact_and_the_cheapest_way_is_found(
     raw: dict[str, Any], tmp_path: Path
 ) -> None:
