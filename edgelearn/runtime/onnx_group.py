@@ -53,10 +53,11 @@ class SharedModel:
         ordinary = {point.name: _ORDINARY for point in template.points}
         numbers = quantized_numbers(template, folded, weights, ordinary, is_calibrated=True)
         artefact = template.artefact(numbers)
-        names = {name for name in numbers if name not in weights and not name.startswith("clip.")}
+        fixed = ("clip.", "zeros.")
+        names = {name for name in numbers if name not in weights and not name.startswith(fixed)}
         session, found = open_with_inputs(artefact, names)
-        # Of a bias only the codes are left: scale and zero point follow from the others.
-        if any(n not in found for n in names if not n.endswith((".bias.scale", ".bias.zero"))):
+        # Of a bias only the codes are left: the scale follows from the others.
+        if any(name not in found for name in names if not name.endswith(".bias.scale")):
             return None
         return cls(template, folded, weights, session, found)
 

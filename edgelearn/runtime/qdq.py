@@ -183,7 +183,7 @@ def quantized_weights(folded: Folded, *, largest: int) -> dict[str, Array]:
         codes, scale = quantize_weight(weight, largest=largest)
         numbers[f"{_prefix(name)}weight"] = codes.numpy()
         numbers[f"{_prefix(name)}weight.scale"] = scale.numpy()
-        numbers[f"{_prefix(name)}weight.zero"] = np.zeros(len(scale), np.int8)
+        numbers |= _zeros(np.int8, len(scale))
     return numbers
 
 
@@ -227,8 +227,13 @@ def quantized_numbers(
         codes = torch.round(bias.double() / unit).clamp(-most, most)
         numbers[f"{prefix}bias"] = codes.to(torch.int32).numpy()
         numbers[f"{prefix}bias.scale"] = unit.float().numpy()
-        numbers[f"{prefix}bias.zero"] = np.zeros(len(unit), np.int32)
+        numbers |= _zeros(np.int32, len(unit))
     return numbers
+
+
+def _zeros(kind: type[np.signedinteger[Any]], count: int) -> dict[str, Array]:
+    """Return zero points of layers with as many channels, which share them."""
+    return {f"zeros.{np.dtype(kind).name}.{count}": np.zeros(count, kind)}
 
 
 def _least_steps(
@@ -264,6 +269,7 @@ class _Writer:
         self._template = template
         self._nodes: list[onnx.NodeProto] = []
         self._slots: list[onnx.TensorProto] = []
+        self._zeros: set[str] = set()
         self._names: dict[str, str] = {}  # of values in the graph
         self._at = {name: point for point in template.points for name in point.carried}
 
@@ -334,8 +340,11 @@ class _Writer:
             self._slot(name, kind, shape)
             self._slot(f"{name}.scale", TensorProto.FLOAT, bias)
             # Zeros, without which ONNX Runtime would compute a Gemm in float.
-            self._slot(f"{name}.zero", kind, bias)
-            parameters = [f"{name}.scale", f"{name}.zero"]
+            zeros = f"zeros.{np.dtype(_type_of(kind)).name}.{bias[0]}"
+            if zeros not in self._zeros:
+                self._slot(zeros, kind, bias)
+                self._zeros.add(zeros)
+            parameters = [f"{name}.scale", zeros]
             self._node("DequantizeLinear", [name, *parameters], f"{name}.value", axis=0)
             found.append(f"{name}.value")
         return found
