@@ -3,8 +3,8 @@
 Lines, by their `kind`:
 
 - `run`: once, first: versions, seed, scenario digest, sizes, engine, orders of the devices, and
-  when each first meets each experience, where they differ in that; where devices hold different
-  networks, the devices and sizes of each under `networks`, and those of the largest outside;
+  when each first meets each experience, where they differ in that; what each kind of device holds
+  and serves with its sizes under `kinds`, and which of them each device is under `kind_of`;
 - `start`: once: accuracy of the untrained model;
 - `round`: one per round: cohort, outcomes, loss, accuracy, bytes, clock; where devices look for
   boundaries themselves, [device, alarms] of those that noticed one;
