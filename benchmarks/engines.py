@@ -27,6 +27,7 @@ from parts import (
     ewc,
     memory,
     pipelines,
+    pruning,
     scaling,
     steps,
 )
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "scaling": scaling.measure,
     "codecs": codecs.measure,
     pipelines.PART: pipelines.measure,
+    pruning.PART: pruning.measure,
 }
 
 

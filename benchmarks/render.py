@@ -19,6 +19,7 @@ from parts import (
     int8_training,
     memory,
     pipelines,
+    pruning,
     quantization,
     runtimes,
     scaling,
@@ -58,6 +59,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("quantization", "Quantization-aware training", quantization.section),
     ("int8-training", "Training without float weights", int8_training.section),
     (pipelines.PART, "Pipelines of compression", pipelines.section),
+    (pruning.PART, "Pruning while learning", pruning.section),
     ("codecs", "What crosses the wire", codecs.section),
 )
 # Parts with a script of their own.

@@ -74,6 +74,20 @@ def _run(codec: str, args: Mapping[str, Any], *, seed: int, quick: bool) -> dict
     }
 
 
+def fewer(result: dict[str, Any], name: str) -> float | None:
+    """Return how many times fewer bytes go up than with float32; mean over seeds."""
+    pairs = zip(results.runs_of(result, PLAIN), results.runs_of(result, name), strict=False)
+    found = [plain["bytes_up"] / run["bytes_up"] for plain, run in pairs]
+    return statistics.mean(found) if found else None
+
+
+def lost(result: dict[str, Any], name: str) -> float | None:
+    """Return the points of accuracy lost to float32; mean over seeds."""
+    pairs = zip(results.runs_of(result, PLAIN), results.runs_of(result, name), strict=False)
+    found = [100 * (plain["accuracy"] - run["accuracy"]) for plain, run in pairs]
+    return statistics.mean(found) if found else None
+
+
 def section(result: dict[str, Any]) -> str:
     """Return the table."""
     config = result["config"]["workload"]
@@ -96,15 +110,12 @@ def section(result: dict[str, Any]) -> str:
         if not found or len(found) != len(plain):
             continue
         each = statistics.mean(run["bytes_up"] / rounds for run in found)
-        fewer = statistics.mean(
-            p["bytes_up"] / run["bytes_up"] for p, run in zip(plain, found, strict=True)
-        )
-        lost = [
+        losses = [
             100 * (p["accuracy"] - run["accuracy"]) for p, run in zip(plain, found, strict=True)
         ]
         lines.append(
-            f"| {name} | {each / 1e3:,.1f} | {fewer:,.1f} x "
-            f"| {_spread([100 * run['accuracy'] for run in found])} | {_spread(lost)} "
+            f"| {name} | {each / 1e3:,.1f} | {fewer(result, name) or 0:,.1f} x "
+            f"| {_spread([100 * run['accuracy'] for run in found])} | {_spread(losses)} "
             f"| {_spread([100 * run['forgetting'] for run in found])} |"
         )
     return "\n".join(lines)

@@ -131,6 +131,12 @@ def _run(name: str, *, seed: int, quick: bool) -> dict[str, Any]:
     }
 
 
+def figure(result: dict[str, Any], name: str, field: str) -> float | None:
+    """Return the mean over seeds of a pipeline's figure."""
+    found = results.values(result, name, field)
+    return statistics.mean(found) if found else None
+
+
 def section(result: dict[str, Any]) -> str:
     """Return the tables."""
     lines = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness import results
 
-from parts import comparison, continual, device, ewc, memory, runtimes
+from parts import codecs, comparison, continual, device, ewc, memory, pipelines, runtimes
 from parts.comparison import FLOWER
 from parts.runtimes import CNN, MOBILENET
 
@@ -202,6 +202,29 @@ def _served(
     return measured
 
 
+def _codec(figure: Callable[[dict[str, Any], str], float | None], name: str) -> Any:
+    """Return a figure of a codec."""
+
+    def measured(found: Results) -> float | None:
+        return figure(found[codecs.PART], name) if codecs.PART in found else None
+
+    return measured
+
+
+def _pipeline(name: str, field: str) -> Any:
+    """Return a figure of a pipeline."""
+
+    def measured(found: Results) -> float | None:
+        result = found.get(pipelines.PART)
+        return None if result is None else pipelines.figure(result, name, field)
+
+    return measured
+
+
+_INT4 = "int4, blocks of 1,024, entropy-coded"
+_TOP_K = "top-k, 1 %, int8, entropy-coded"
+_CNN_PRUNED, _INT8, _CHANNELS = "small CNN, pruned", "MobileNetV2, int8", "MobileNetV2, channels"
+
 TARGETS = (
     Target("W1, pool, against Flower/Ray", 2, True, _times("w1", "pool"), " x"),
     Target("W1, native, against Flower/Ray", 4.3, True, _times("w1", "native"), " x"),
@@ -260,6 +283,33 @@ TARGETS = (
             ),
         )
     ),
+    Target(f"{_INT4}: fewer bytes up", 15, True, _codec(codecs.fewer, _INT4), " x"),
+    Target(f"{_INT4}: lost", 0.5, False, _codec(codecs.lost, _INT4), " points"),
+    Target(f"{_TOP_K}: fewer bytes up", 150, True, _codec(codecs.fewer, _TOP_K), " x"),
+    Target(f"{_TOP_K}: lost", 2.5, False, _codec(codecs.lost, _TOP_K), " points"),
+    Target(
+        f"{_CNN_PRUNED} to 0.9, int8, packed: fewer bytes",
+        22,
+        True,
+        _pipeline(_CNN_PRUNED, "fewer_bytes"),
+        " x",
+    ),
+    Target(f"{_CNN_PRUNED}: lost", 1, False, _pipeline(_CNN_PRUNED, "lost"), " points"),
+    Target(
+        f"{_INT8}: fewer bytes",
+        3.6,
+        True,
+        _pipeline(_INT8, "fewer_bytes"),
+        " x",
+    ),
+    Target(
+        "MobileNetV2, int8: lost", 0.5, False, _pipeline("MobileNetV2, int8", "lost"), " points"
+    ),
+    Target(f"{_CHANNELS}: fewer bytes", 10, True, _pipeline(_CHANNELS, "fewer_bytes"), " x"),
+    Target(
+        f"{_CHANNELS}: less time than eager float", 5, True, _pipeline(_CHANNELS, "quicker"), " x"
+    ),
+    Target(f"{_CHANNELS}: lost", 2, False, _pipeline(_CHANNELS, "lost"), " points"),
 )
 
 

@@ -141,11 +141,11 @@ def test_the_message_is_what_crosses_the_wire(monkeypatch: pytest.MonkeyPatch) -
     seen: list[tuple[dict[str, tuple[str, tuple[int, ...]]], int]] = []
     original = by_message.ByMessage._admit
 
-    def admit(self: Any, reply: Any, params: torch.Tensor, limit: float) -> Any:
+    def admit(self: Any, device: int, reply: Any, params: torch.Tensor, limit: float) -> Any:
         arrays = wire.arrays_of(reply)
         kinds = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         seen.append((kinds, wire.num_bytes(reply.content)))
-        return original(self, reply, params, limit)
+        return original(self, device, reply, params, limit)
 
     monkeypatch.setattr(by_message.ByMessage, "_admit", admit)
     record = simulate(toy_scenario(wire={"codec": "int4"}), federation="faithful")
