@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import edgelearn
-from edgelearn.compressing.options import compress_options
 from edgelearn.errors import EdgelearnError, Fault, PluginError, ScenarioError
+from edgelearn.options import Command, make_parser
 
 if TYPE_CHECKING:
     from edgelearn.federated.record import RunRecord
@@ -30,10 +29,9 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = make_parser(_COMMANDS).parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: Command = options.command
     try:
         return command(options)
     except (ScenarioError, PluginError) as error:
@@ -45,159 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("edgelearn: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="edgelearn", description="Fleets of devices that keep learning."
-    )
-    parser.add_argument("--version", action="version", version=f"edgelearn {edgelearn.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    run = _command(commands, "run", _run, "run a scenario, or go on with an interrupted run")
-    run.add_argument("scenario", nargs="?", help="name or TOML file")
-    run.add_argument("--out", metavar="DIR", help="run directory (default: runs/NAME-TIME)")
-    run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR")
-    run.add_argument("--client", metavar="NAME", help="client strategy: name, file.py:Class, ...")
-    run.add_argument(
-        "--checkpoint-every",
-        metavar="S",
-        type=float,
-        default=1.0,
-        dest="every_s",
-        help="least seconds between checkpoints; 0: every round (default: 1)",
-    )
-    _scenario_options(run)
-
-    compare = _command(commands, "compare", _compare, "run several client strategies side by side")
-    compare.add_argument("scenario", help="name or TOML file")
-    compare.add_argument("--client", metavar="A,B,...", required=True, help="client strategies")
-    compare.add_argument("--seeds", metavar="N", type=int, default=1, help="runs per strategy")
-    compare.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    compare.add_argument("--all", action="store_true", help="every metric, in tables by subject")
-    compare.add_argument("--out", metavar="DIR", help="keep the run directories here")
-    _scenario_options(compare)
-
-    _command(commands, "scenarios", _scenarios, "list the built-in scenarios")
-    strategies = _command(
-        commands, "strategies", _strategies, "list client strategies, and what each costs"
-    )
-    strategies.add_argument("scenario", nargs="?", help="reckon with it (default: split-digits)")
-    validate = _command(commands, "validate", _validate, "check a scenario, list all its faults")
-    validate.add_argument("scenario", help="name or TOML file")
-    copy = _command(commands, "copy", _copy, "copy a built-in scenario to a file of your own")
-    copy.add_argument("scenario", help="name")
-    copy.add_argument("file", help="new TOML file")
-
-    report = _command(commands, "report", _report, "write the report of a run again")
-    report.add_argument("directory", help="run directory")
-
-    export = _command(commands, "export", _export, "write a run's model as a file for devices")
-    export.add_argument("directory", help="directory of a finished run")
-    export.add_argument("--format", choices=("onnx", "pte"), default="onnx", help="default: onnx")
-    export.add_argument("--out", metavar="FILE", help="default: model.FORMAT in the directory")
-    export.add_argument(
-        "--calibrate",
-        metavar="N",
-        type=int,
-        default=256,
-        dest="num_calibration",
-        help="training samples that the ranges of activations come from (default: 256)",
-    )
-    export.add_argument(
-        "--weight-bits",
-        metavar="N",
-        type=int,
-        choices=(7, 8, 32),
-        help="onnx: 7 (default) is exact on every processor, 8 on ARM and x86 with VNNI; "
-        "pte: 8 (default); 32: float",
-    )
-
-    smaller = _command(commands, "compress", _compress, "make a model smaller, stage by stage")
-    compress_options(smaller)
-
-    again = _command(
-        commands, "reproduce", _reproduce, "run a table of published numbers again, or list them"
-    )
-    again.add_argument("table", nargs="?", help="name, module:TABLE or file.py:TABLE")
-    again.add_argument("--seeds", metavar="N", type=int, help="seeds 0..N-1 (default: the table's)")
-    again.add_argument("--jobs", metavar="N", type=int, default=1, help="processes (default: 1)")
-    again.add_argument("--only", metavar="TEXT", default="", help="only rows with this text")
-    again.add_argument(
-        "--quick", action="store_true", help="see that it runs, on little data; nothing is kept"
-    )
-    again.add_argument(
-        "--render", action="store_true", help="write the page from the results, run nothing"
-    )
-    again.add_argument("--out", metavar="DIR", help="folder of page and results (default: docs)")
-
-    doctor = _command(commands, "doctor", _doctor, "say what this machine and installation can do")
-    doctor.add_argument("scenario", nargs="?", help="measure with it (default: split-digits)")
-    doctor.add_argument("--all", action="store_true", help="also tiers that take seconds to start")
-
-    fit = _command(commands, "fit-check", _fit_check, "say whether learning fits a device's memory")
-    fit.add_argument("scenario", help="name or TOML file")
-    fit.add_argument("--profile", metavar="NAME", help="name or TOML file (default: all built in)")
-    fit.add_argument("--overhead", metavar="MIB", type=float, default=0.0, help="what is not ours")
-    fit.add_argument("--format", choices=("table", "json"), default="table")
-    _replacing(fit)
-
-    new = _command(commands, "new", _new, "write a commented plug-in to start from")
-    new.add_argument("kind", choices=("strategy",))
-    new.add_argument("name", help="name of the class, such as my-strategy")
-    check = _command(commands, "check", _check, "check a client strategy against the contract")
-    check.add_argument("strategy", help="name, file.py:Class or module:Class")
-
-    deploy = _command(commands, "deploy", _deploy, "write all that a real fleet needs")
-    deploy.add_argument("action", choices=("init",))
-    deploy.add_argument("directory", help="new folder")
-    deploy.add_argument(
-        "--host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        dest="hosts",
-        help="name or address by which devices reach the server (repeatable)",
-    )
-    deploy.add_argument("-n", "--devices", type=int, default=2, help="devices (default: 2)")
-    return parser
-
-
-def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(command=function)
-    return parser
-
-
-def _scenario_options(parser: argparse.ArgumentParser) -> None:
-    _replacing(parser)
-    parser.add_argument("--workers", metavar="N", type=int, help="processes; no effect on results")
-    parser.add_argument(
-        "--engine",
-        metavar="NAME",
-        default="auto",
-        help="auto, reference, pool, native or ray; no effect on results beyond rounding",
-    )
-    parser.add_argument(
-        "--federation",
-        metavar="MODE",
-        default="auto",
-        help="auto, faithful (a message for each device) or fused (one for the cohort's mean)",
-    )
-
-
-def _replacing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", metavar="N", type=int, help="seed of everything random")
-    parser.add_argument(
-        "--set",
-        metavar="TABLE.KEY=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="replace a value of the scenario (repeatable)",
-    )
 
 
 def _load(options: argparse.Namespace) -> Scenario:
@@ -609,6 +454,25 @@ def _deploy(options: argparse.Namespace) -> int:
     )
     print(f"{folder}: certificates, keys and docker-compose.yml for {options.devices} device(s)")
     return DONE
+
+
+_COMMANDS: dict[str, Command] = {
+    "run": _run,
+    "compare": _compare,
+    "scenarios": _scenarios,
+    "strategies": _strategies,
+    "validate": _validate,
+    "copy": _copy,
+    "report": _report,
+    "export": _export,
+    "compress": _compress,
+    "reproduce": _reproduce,
+    "doctor": _doctor,
+    "fit-check": _fit_check,
+    "new": _new,
+    "check": _check,
+    "deploy": _deploy,
+}
 
 
 if __name__ == "__main__":
