@@ -61,17 +61,21 @@ def main() -> None:
     parser.add_argument("--root", default="", help="folder of the data set")
     parser.add_argument("--epochs", type=int, default=4, help="of each training; default 4")
     parser.add_argument("--out", type=Path, default=Path("runs/mobilenet_v2"), help="new folder")
+    parser.add_argument("--network", type=Path, help="begin with this file of a pipeline, at 2")
     parser.add_argument("--quick", action="store_true", help="see that it runs, on few images")
     asked = parser.parse_args()
     data: dict[str, Any] = {"dataset": asked.data, "root": asked.root}
     if asked.quick:
         data |= {"max_train": 600, "max_test": 200}
-    subject = find("mobilenet_v2", **data)
-    pipeline = PIPELINE.format(epochs=1 if asked.quick else asked.epochs)
-    compress_subject(subject, pipeline=pipeline, out=asked.out)
+    network = asked.network
+    if network is None:
+        subject = find("mobilenet_v2", **data)
+        pipeline = PIPELINE.format(epochs=1 if asked.quick else asked.epochs)
+        compress_subject(subject, pipeline=pipeline, out=asked.out)
+        network = asked.out / SMALLER
 
     for strategy in ("naive", "replay"):
-        raw = fleet(asked.out / SMALLER, strategy, data=data, quick=asked.quick)
+        raw = fleet(network, strategy, data=data, quick=asked.quick)
         record = edgelearn.simulate(from_dict(raw))
         served, exact = record.scores(), record.scores("float")
         print(
