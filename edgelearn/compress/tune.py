@@ -141,7 +141,7 @@ def tune(
 
     Raises:
         ValueError: If there are no samples, or the mask is of another network.
-        DivergenceError: If a loss is not finite.
+        DivergenceError: If a loss, or a weight at the end, is not finite.
     """
     if not len(data):
         raise ValueError("there are no samples to train on")
@@ -177,6 +177,11 @@ def tune(
             optimizer.step()
             if gone is not None:
                 trained.data[gone] = 0
+    if not bool(torch.isfinite(trained).all()):  # no loss has seen the last step
+        raise DivergenceError(
+            f"step {num_steps} of {num_steps}: weights are not finite after it; a lower lr than "
+            f"{how.lr:g} may help"
+        )
     params[: layout.num_trained] = trained.detach()
     counters = {n: b for n, b in model.module.named_buffers() if not b.is_floating_point()}
     return loaded(module, {**layout.views(params), **counters})

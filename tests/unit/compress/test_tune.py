@@ -146,6 +146,9 @@ def test_a_loss_that_is_not_finite_has_a_name() -> None:
     how = Training(steps=50, optimizer="sgd", lr=1e30)
     with pytest.raises(DivergenceError, match=r"step \d+ of 50: the loss is (nan|inf)"):
         tune(toy_model().module, data(), how, seed=0)
+    last = Training(steps=1, optimizer="sgd", lr=3e38, weight_decay=1e30)
+    with pytest.raises(DivergenceError, match="step 1 of 1: weights are not finite"):
+        tune(toy_model().module, data(), last, seed=0)
     nobody = Samples(toy_samples(), torch.empty(0, dtype=torch.int32))
     with pytest.raises(ValueError, match="no samples"):
         tune(toy_model().module, nobody, Training(), seed=0)
