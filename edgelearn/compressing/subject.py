@@ -112,8 +112,11 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | 
         shapes = FlatModel(world.model().module).layout.shapes
         if shapes != tuple(tuple(value.shape) for value in tensors.values()):
             raise RunError(f"{directory}: its network does not fit samples of {dataset!r}")
-    elif any(cuts.values()):
-        raise RunError(f"{directory}: samples of a run are all used; name a data set to cut it")
+    elif given := [key for key, value in cuts.items() if value]:
+        raise RunError(
+            f"{directory}: samples of a run are all used, so {given[0]} means nothing; name a data "
+            "set to go with it"
+        )
     elif world.train.encoding.task_masks is not None:
         raise RunError(
             f"{directory}: in a task-incremental run an answer is one of the task's classes, which "
