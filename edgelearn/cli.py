@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgelearnError as error:
         print(f"edgelearn: {error}", file=sys.stderr)
         return FAILED
+    except OSError as error:  # such as an --out that can't be written; it names the file
+        print(f"edgelearn: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("edgelearn: interrupted", file=sys.stderr)
         return INTERRUPTED

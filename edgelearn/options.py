@@ -140,7 +140,7 @@ def _scenario_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         metavar="NAME",
         default="auto",
-        help="auto, reference, pool, native or ray; no effect on results beyond rounding",
+        help="auto, reference, pool, batched, native or ray; no effect on results beyond rounding",
     )
     parser.add_argument(
         "--federation",

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.compress.codec import Codec, Piece
+from edgelearn.errors import PluginError
 from edgelearn.params import Layout
+from edgelearn.plugins import ENTROPY
 
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**16}]
 _PIECE = "compressed"
@@ -49,8 +51,18 @@ class EntropyCoded(Codec):
         return self._codec.keeps_residual
 
     def pieces(self, layout: Layout) -> Mapping[str, Piece]:
-        """Bytes, at most as many as come of what can't be compressed."""
-        size = sum(_num_bytes(piece) for piece in self._codec.pieces(layout).values())
+        """Bytes, at most as many as come of what can't be compressed.
+
+        Raises:
+            PluginError: If the size of a message of the other codec depends on the update.
+        """
+        pieces = self._codec.pieces(layout)
+        if bound := [name for name, piece in pieces.items() if piece.is_bound]:
+            raise PluginError(
+                f"{type(self._codec).__name__} declares {bound[0]!r} of no fixed size; {ENTROPY} "
+                "compresses messages whose pieces all have one"
+            )
+        size = sum(_num_bytes(piece) for piece in pieces.values())
         return {_PIECE: Piece((_bound(size),), torch.uint8, is_bound=True)}
 
     def encode(

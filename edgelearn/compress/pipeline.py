@@ -88,7 +88,8 @@ def run_stages(
         stages: What to do, in this order; see `edgelearn.scenario.stages.parse`.
         data: Training samples; quantization-aware training and channels' examples are from them.
         seed: Of everything random; stages differ in what they draw.
-        factory: Makes a network of a name ("" is the present one's) and arguments, for `distill`.
+        factory: Makes a network of a name and arguments, for `distill`; the name is the `model` of
+            the present network's facts, and "" where these have none, if the stage names none.
         facts: What files say about the network given.
 
     Raises:
@@ -131,7 +132,8 @@ def _distilled(
     if stage.makes_network:
         if factory is None:
             raise RunError("distill: a new network needs a factory, and none was given")
-        pupil = factory(stage.model, stage.args)
+        name = stage.model or state.facts.get("model", "")  # that of an earlier `distill`, too
+        pupil = factory(name, stage.args)
         facts = {**state.facts, "args": json.dumps(plain(stage.args))}
         state = replace(state, facts=facts | ({"model": stage.model} if stage.model else {}))
     teaching = Teaching(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgelearn.compress.distill import hard_distillation, soft_distillation
 from edgelearn.compress.fake_quantized import FakeQuantized
-from edgelearn.errors import DivergenceError
+from edgelearn.errors import DivergenceError, RunError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Batch, Encoding, Samples, SharedSamples
 from edgelearn.seeds import derive, torch_generator
@@ -141,7 +141,8 @@ def tune(
 
     Raises:
         ValueError: If there are no samples, or the mask is of another network.
-        DivergenceError: If a loss is not finite.
+        RunError: If batches are too small for batch norm.
+        DivergenceError: If a loss, or a weight at the end, is not finite.
     """
     if not len(data):
         raise ValueError("there are no samples to train on")
@@ -167,7 +168,13 @@ def tune(
                 share = torch.tensor(step / num_steps * torch.pi)
                 optimizer.param_groups[0]["lr"] = how.lr * float(1 + torch.cos(share)) / 2
             batch = data.batch(places)
-            loss = _loss(seen(trained, batch.x), batch, teaching, taught, places)
+            try:
+                logits = seen(trained, batch.x)
+            except ValueError as error:  # batch norm of one value a channel
+                raise RunError(
+                    f"step {step + 1} of {num_steps}, a batch of {len(batch)}: {error}"
+                ) from error
+            loss = _loss(logits, batch, teaching, taught, places)
             if not bool(torch.isfinite(loss)):
                 raise DivergenceError(
                     f"step {step + 1} of {num_steps}: the loss is {float(loss.detach())}; a lower "
@@ -177,6 +184,11 @@ def tune(
             optimizer.step()
             if gone is not None:
                 trained.data[gone] = 0
+    if not bool(torch.isfinite(trained).all()):  # no loss has seen the last step
+        raise DivergenceError(
+            f"step {num_steps} of {num_steps}: weights are not finite after it; a lower lr than "
+            f"{how.lr:g} may help"
+        )
     params[: layout.num_trained] = trained.detach()
     counters = {n: b for n, b in model.module.named_buffers() if not b.is_floating_point()}
     return loaded(module, {**layout.views(params), **counters})

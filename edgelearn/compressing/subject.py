@@ -23,10 +23,9 @@ from edgelearn import plugins
 from edgelearn.compress.network_file import read_network, rebuilt, refuse_other_samples
 from edgelearn.compress.pipeline import Factory
 from edgelearn.compress.tune import loaded
-from edgelearn.deploy.export import calibration_samples
-from edgelearn.device.learner import make_learner
+from edgelearn.deploy.export import calibration_samples, final_model
 from edgelearn.errors import RunError
-from edgelearn.federated.rundir import holds_a_run, read_model, scenario_of
+from edgelearn.federated.rundir import holds_a_run
 from edgelearn.params import SHARED, FlatModel
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.samples import Samples
@@ -103,16 +102,8 @@ def find(
 
 
 def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | None) -> Subject:
-    scenario = scenario_of(directory)
-    world = build(scenario)
-    learner = make_learner(world)
-    if learner.serves_own:
-        raise RunError(
-            f"{directory}: with the client strategy {scenario.client.strategy!r} each device "
-            "answers with parameters of its own; the run's model alone is not what they serve"
-        )
-    layout = learner.model.layout
-    views = layout.views(read_model(directory, layout))
+    world, network, params = final_model(directory)
+    scenario, views = world.scenario, network.layout.views(params)
     tensors = {name: value for name, value in views.items() if not name.startswith(SHARED)}
     if dataset:
         model, chosen = scenario.model, scenario.seed if seed is None else seed
@@ -121,8 +112,11 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | 
         shapes = FlatModel(world.model().module).layout.shapes
         if shapes != tuple(tuple(value.shape) for value in tensors.values()):
             raise RunError(f"{directory}: its network does not fit samples of {dataset!r}")
-    elif any(cuts.values()):
-        raise RunError(f"{directory}: samples of a run are all used; name a data set to cut it")
+    elif given := [key for key, value in cuts.items() if value]:
+        raise RunError(
+            f"{directory}: samples of a run are all used, so {given[0]} means nothing; name a data "
+            "set to go with it"
+        )
     elif world.train.encoding.task_masks is not None:
         raise RunError(
             f"{directory}: in a task-incremental run an answer is one of the task's classes, which "

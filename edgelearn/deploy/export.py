@@ -123,6 +123,17 @@ EXPORTS: Mapping[str, Callable[..., Exported]] = {"onnx": export_onnx, "pte": ex
 def _served(directory: Path, num_calibration: int) -> _Served:
     if num_calibration < 1:
         raise RunError(f"{num_calibration} samples for calibration; at least 1 is needed")
+    world, model, params = final_model(directory)
+    return _Served(world, model, params, calibration_samples(world, num_calibration))
+
+
+def final_model(directory: Path) -> tuple[World, FlatModel, Tensor]:
+    """Return a finished run's world, its network and the final global parameters [P].
+
+    Raises:
+        StateError: If the run is damaged or not finished.
+        RunError: If its devices answer with parameters of their own.
+    """
     scenario = scenario_of(directory)
     world = build(scenario)
     learner = make_learner(world)
@@ -131,8 +142,7 @@ def _served(directory: Path, num_calibration: int) -> _Served:
             f"{directory}: with the client strategy {scenario.client.strategy!r} each device "
             "answers with parameters of its own; the run's model alone is not what they serve"
         )
-    params = read_model(directory, learner.model.layout)
-    return _Served(world, learner.model, params, calibration_samples(world, num_calibration))
+    return world, learner.model, read_model(directory, learner.model.layout)
 
 
 def _facts(served: _Served, weight_bits: int) -> dict[str, str]:

@@ -346,8 +346,9 @@ def _portable(value: Any) -> Any:
         place, _, name = value.removeprefix(AVALANCHE).rpartition(":")
         if Path(place).is_file():
             return f"{_fingerprint(Path(place))}:{name}"
-    if isinstance(value, str) and value.endswith(".safetensors") and Path(value).is_file():
-        return _fingerprint(Path(value))
+    if isinstance(value, str) and value.endswith(".safetensors"):
+        file = Path(value).expanduser()
+        return _fingerprint(file) if file.is_file() else value
     return value
 
 

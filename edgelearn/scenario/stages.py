@@ -204,6 +204,11 @@ def _parsed(text: str) -> tuple[list[Stage], list[Fault]]:
             stage.runtime == "float" or stage.args.get("weight_bits") == 32
         ):
             faults.append(Fault(where, "runtime", "got one that serves the float network"))
+        elif isinstance(stage, Quantize) and stage.args.get("weight_bits") in range(
+            1, min(stage.bits, 7)
+        ):
+            message = f"got {stage.args['weight_bits']}; the file would hold {stage.bits}-bit codes"
+            faults.append(Fault(where, "args.weight_bits", f"{message} that nothing answers with"))
         elif stage is not None:
             stages.append(stage)
     if not faults:

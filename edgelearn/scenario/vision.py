@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TEST_SHARE = 5  # every fifth image of a class, where a folder has no test images
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+_PARTS = ("train", "test", "val")
 _SIZE = 32
 _Y = NDArray[np.int64]
 
@@ -113,9 +114,15 @@ def image_folder(spec: DataSpec) -> Dataset:
         if classes != others:
             odd = sorted(set(classes).symmetric_difference(others))[0]
             raise DatasetError(f"{root}: the class {odd!r} is in one of train and {test.name} only")
+    elif lone := [name for name in _PARTS if _has_folders(root / name)]:  # no class: it has some
+        raise DatasetError(
+            f"{root}: there is {lone[0]}/, but not both train/ and one of test/ and val/"
+        )
     else:
         classes, x, y = _read(root)
-        rank = np.concatenate([np.arange(count) for count in np.bincount(y)])  # y is sorted
+        rank = np.empty(len(y), np.int64)  # of an image among those of its class
+        for label in range(len(classes)):
+            rank[y == label] = np.arange(np.count_nonzero(y == label))
         last = rank % _TEST_SHARE == _TEST_SHARE - 1
         x_train, y_train, x_test, y_test = x[~last], y[~last], x[last], y[last]
         if few := sorted(set(range(len(classes))) - set(y_test.tolist())):
@@ -130,20 +137,29 @@ def image_folder(spec: DataSpec) -> Dataset:
     )  # fmt: skip
 
 
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+
+
 def _read(folder: Path) -> tuple[list[str], NDArray[np.uint8], _Y]:
-    """Return the classes, and the images and labels of a folder, in the order of their names."""
+    """Return the classes, and the images and labels of a folder: each class's first, second, ...
+
+    So the first ones, which `max_train` and `max_test` keep, are of all classes.
+    """
     load = _reader()
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if len(classes) < 2:
         raise DatasetError(f"{folder}: {len(classes)} class folder(s); at least 2 are expected")
-    images, labels = [], []
+    images, labels, ranks = [], [], list[int]()
     for label, name in enumerate(classes):
         paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
         if not paths:
             raise DatasetError(f"{folder / name}: no images ({', '.join(_SUFFIXES)})")
         images += [load(path) for path in paths]
         labels += [label] * len(paths)
-    return classes, np.stack(images), np.array(labels, np.int64)
+        ranks += range(len(paths))
+    order = np.argsort(np.array(ranks), kind="stable")  # the classes take turns
+    return classes, np.stack(images)[order], np.array(labels, np.int64)[order]
 
 
 def _reader() -> Callable[[Path], NDArray[np.uint8]]:
@@ -160,7 +176,7 @@ def _reader() -> Callable[[Path], NDArray[np.uint8]]:
         try:
             with image.open(path) as opened:
                 fitted = ops.fit(opened.convert("RGB"), (_SIZE, _SIZE))
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
             raise DatasetError(f"{path}: not an image, or damaged: {error}") from error
         return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))
 

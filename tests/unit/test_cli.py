@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from edgelearn import cli
 from edgelearn.cli import main
 
 
@@ -31,3 +32,16 @@ def test_arguments_that_would_be_dropped_are_refused(capsys: pytest.CaptureFixtu
     drop = ["--client", "replay", "--set", "client.args.capacity=5"]
     assert main(["run", "split-digits", *drop]) == 2
     assert "--client resets them" in capsys.readouterr().err
+
+
+def test_a_file_that_can_not_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_options: object) -> int:
+        raise OSError(28, "No space left on device", "model.onnx")
+
+    monkeypatch.setitem(cli._COMMANDS, "report", full)
+    assert main(["report", "runs/first"]) == 1
+    assert capsys.readouterr().err == (
+        "edgelearn: [Errno 28] No space left on device: 'model.onnx'\n"
+    )

@@ -14,7 +14,7 @@ from edgelearn.compress.entropy import EntropyCoded
 from edgelearn.compress.half import Float16
 from edgelearn.compress.quantized import Int4, Int8
 from edgelearn.compress.sparse import RandomK, TopK
-from edgelearn.errors import EgressError, ScenarioError, StateError
+from edgelearn.errors import EgressError, PluginError, ScenarioError, StateError
 from edgelearn.federated.egress import message_schema
 from edgelearn.params import Layout
 
@@ -117,3 +117,8 @@ def test_it_stands_behind_the_name_of_a_codec() -> None:
         make_codec("none+lzma", {})
     with pytest.raises(ScenarioError, match="share is 0"):
         make_codec("top-k+lzma", {"share": 0})
+
+
+def test_messages_without_a_fixed_size_are_refused() -> None:
+    with pytest.raises(PluginError, match=r"declares 'compressed' of no fixed size; \+lzma"):
+        EntropyCoded(EntropyCoded(Int8())).pieces(LAYOUT)

@@ -43,7 +43,9 @@ def test_a_fleet_begins_with_what_the_file_holds(file: Path, smaller: nn.Module)
     assert model.layout.shapes[0] == (16, 64)
 
 
-def test_the_digest_is_of_what_the_file_holds(file: Path, tmp_path: Path) -> None:
+def test_the_digest_is_of_what_the_file_holds(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def digest(path: Path) -> str:
         return toy_scenario(model={"name": "stored", "args": {"file": str(path)}}).digest
 
@@ -51,6 +53,8 @@ def test_the_digest_is_of_what_the_file_holds(file: Path, tmp_path: Path) -> Non
     moved.write_bytes(file.read_bytes())
     other.write_bytes(file.read_bytes() + b"x")
     assert digest(file) == digest(moved) != digest(other)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert digest(Path("~/moved.safetensors")) == digest(file)
 
 
 def test_what_does_not_fit_is_refused(file: Path, tmp_path: Path) -> None:

@@ -118,6 +118,19 @@ def test_a_pupil_is_taught_by_what_train_gave() -> None:
         run("distill(args={hidden=[3]})", factory=None)
 
 
+def test_a_pupil_without_a_name_is_of_the_present_network_s_kind() -> None:
+    asked: list[str] = []
+
+    def noting(name: str, args: Mapping[str, Any]) -> nn.Module:
+        asked.append(name)
+        return factory("", args)
+
+    line = "distill('cnn', epochs=0) | distill(args={hidden=[3]}, epochs=0)"
+    states = run(line, factory=noting, facts={"model": "mlp"})
+    assert asked == ["cnn", "cnn"]
+    assert states[1].facts == {"model": "cnn", "args": '{"hidden": [3]}'}
+
+
 def test_the_teacher_of_a_pruned_network_is_the_one_before() -> None:
     states = run(f"{TRAIN} | prune(0.7, epochs=0) | distill(alpha=1.0, epochs=30, lr=0.02)")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgelearn.compress.fake_quantized import FakeQuantized
 from edgelearn.compress.prune import largest, prunable
 from edgelearn.compress.tune import Teaching, Training, loaded, logits_of, samples_of, tune
-from edgelearn.errors import DivergenceError
+from edgelearn.errors import DivergenceError, RunError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.samples import Samples
 from edgelearn.testing.toy import toy_model, toy_samples
@@ -146,6 +146,9 @@ def test_a_loss_that_is_not_finite_has_a_name() -> None:
     how = Training(steps=50, optimizer="sgd", lr=1e30)
     with pytest.raises(DivergenceError, match=r"step \d+ of 50: the loss is (nan|inf)"):
         tune(toy_model().module, data(), how, seed=0)
+    last = Training(steps=1, optimizer="sgd", lr=3e38, weight_decay=1e30)
+    with pytest.raises(DivergenceError, match="step 1 of 1: weights are not finite"):
+        tune(toy_model().module, data(), last, seed=0)
     nobody = Samples(toy_samples(), torch.empty(0, dtype=torch.int32))
     with pytest.raises(ValueError, match="no samples"):
         tune(toy_model().module, nobody, Training(), seed=0)
@@ -170,6 +173,12 @@ def test_arguments_are_checked(kind: Any, arguments: dict[str, Any], message: st
         arguments = {"teacher": nn.Identity(), **arguments}
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+def test_a_batch_that_is_too_small_for_a_norm_is_named() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4))
+    with pytest.raises(RunError, match=r"step 1 of 60, a batch of 1: Expected more than 1 value"):
+        tune(module, data(), Training(batch_size=1), seed=0)
 
 
 def test_loaded_changes_a_copy() -> None:

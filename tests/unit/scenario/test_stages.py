@@ -18,6 +18,7 @@ from edgelearn.scenario.stages import (
     PruneChannels,
     Quantize,
     Train,
+    faults_of,
     parse,
     written,
 )
@@ -98,12 +99,20 @@ def test_all_faults_are_told_at_once_with_the_nearest_names() -> None:
         ("prune | prune_channels", "[stage 2, prune_channels] order: stage 1 has pruned weights"),
         ("prune | distill('mlp')", "[stage 2, distill] order: stage 1 has pruned weights"),
         ('quantize(runtime="float")', "[stage 1, quantize] runtime: got one that serves the float"),
+        ("quantize(args={weight_bits=2})", "[stage 1, quantize] args.weight_bits: got 2; the file"),
         ("quantize(args={weight_bits=32})", "[stage 1, quantize] runtime: got one that serves"),
     ],
 )
 def test_a_fault_says_where_it_is(line: str, expected: str) -> None:
     (found,) = faults(line)
     assert found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "line", ["quantize(4, args={weight_bits=4})", "quantize(args={weight_bits=7})"]
+)
+def test_a_runtime_may_have_as_many_bits_as_the_file(line: str) -> None:
+    assert not faults_of(line)
 
 
 def test_the_present_network_may_be_taught_after_pruning() -> None:

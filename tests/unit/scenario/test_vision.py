@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,8 +64,10 @@ def test_a_folder_with_train_and_test(tmp_path: Path) -> None:
     found = load_dataset(spec(tmp_path))
     assert found.x_train.shape == (7, 3, 32, 32)
     assert found.x_train.dtype == np.uint8
-    assert found.y_train.tolist() == [0, 0, 0, 0, 1, 1, 1]  # green, red
-    assert found.y_test.tolist() == [0, 0, 0, 1, 1]
+    assert found.y_train.tolist() == [0, 1, 0, 1, 0, 1, 0]  # green, red, in turn
+    assert found.y_test.tolist() == [0, 1, 0, 1, 0]
+    first = load_dataset(replace(spec(tmp_path), max_train=2))
+    assert first.y_train.tolist() == [0, 1]
     assert found.x_train[0, :, 0, 0].tolist() == [0, 255, 0]
     assert found.num_classes == 2
     scaled = found.x_train * found.scale
@@ -76,8 +79,9 @@ def test_every_fifth_of_a_folder_without_parts_is_a_test_image(tmp_path: Path) -
     write_images(tmp_path / "a", 11, (9, 9, 9))
     write_images(tmp_path / "b", 5, (200, 200, 200))
     found = load_dataset(spec(tmp_path))
-    assert found.y_train.tolist() == [0] * 9 + [1] * 4
-    assert found.y_test.tolist() == [0, 0, 1]
+    assert found.y_train.tolist() == [0, 1] * 4 + [0] * 5
+    assert found.y_test.tolist() == [0, 1, 0]
+    assert np.unique(found.x_train[found.y_train == 1]).tolist() == [200]
 
 
 def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
@@ -98,7 +102,13 @@ def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
     write_images(tmp_path / "b" / "deep", 4, (2, 2, 2))
     with pytest.raises(DatasetError, match="'b' has fewer than 5 images"):
         load_dataset(spec(tmp_path))
+    broken = (tmp_path / "b" / "deep" / "03.png").read_bytes().replace(b"IDAT", b"I AT")
+    (tmp_path / "b" / "deep" / "03.png").write_bytes(broken)
+    with pytest.raises(DatasetError, match=r"03\.png: not an image, or damaged"):
+        load_dataset(spec(tmp_path))
     write_images(tmp_path / "train" / "a", 1, (1, 1, 1))
+    with pytest.raises(DatasetError, match=r"there is train/, but not both"):
+        load_dataset(spec(tmp_path))
     write_images(tmp_path / "train" / "b", 1, (1, 1, 1))
     write_images(tmp_path / "val" / "a", 1, (1, 1, 1))
     write_images(tmp_path / "val" / "c", 1, (1, 1, 1))
