@@ -74,16 +74,22 @@ def _run(codec: str, args: Mapping[str, Any], *, seed: int, quick: bool) -> dict
     }
 
 
+def _pairs(result: dict[str, Any], name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return float32 and a codec, of each seed that has both."""
+    seeds = [turn["runs"] for turn in result["turns"]]
+    return [(runs[PLAIN], runs[name]) for runs in seeds if PLAIN in runs and name in runs]
+
+
 def fewer(result: dict[str, Any], name: str) -> float | None:
     """Return how many times fewer bytes go up than with float32; mean over seeds."""
-    pairs = zip(results.runs_of(result, PLAIN), results.runs_of(result, name), strict=False)
+    pairs = _pairs(result, name)
     found = [plain["bytes_up"] / run["bytes_up"] for plain, run in pairs]
     return statistics.mean(found) if found else None
 
 
 def lost(result: dict[str, Any], name: str) -> float | None:
     """Return the points of accuracy lost to float32; mean over seeds."""
-    pairs = zip(results.runs_of(result, PLAIN), results.runs_of(result, name), strict=False)
+    pairs = _pairs(result, name)
     found = [100 * (plain["accuracy"] - run["accuracy"]) for plain, run in pairs]
     return statistics.mean(found) if found else None
 

@@ -10,7 +10,10 @@ So what a pipeline has made, channels taken out and all, is what a fleet begins 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +25,29 @@ from edgelearn.compress.tune import loaded
 from edgelearn.errors import StateError
 from edgelearn.files import read_checked
 
+STORED = "stored"  # the name of `stored` in a scenario
 _NEEDED = ("model", "args", "dataset")
 
 
-def read_network(path: Path) -> Stored:
+@dataclass(frozen=True, slots=True)
+class NetworkFile:
+    """What a file holds, and what network that is of.
+
+    Attributes:
+        stored: Tensors, and what the file says of itself.
+        model: Name of the network's factory. It is called, and may be anybody's code: do not open
+            a file that you would not run.
+        args: Its arguments.
+        dataset: The data set that it was made for.
+    """
+
+    stored: Stored
+    model: str
+    args: Mapping[str, Any]
+    dataset: str
+
+
+def read_network(path: Path) -> NetworkFile:
     """Read a file that says what network it holds.
 
     Raises:
@@ -34,7 +56,13 @@ def read_network(path: Path) -> Stored:
     found = read(read_checked(path), source=str(path))
     if missing := [key for key in _NEEDED if key not in found.facts]:
         raise StateError(f"{path}: it does not say its {missing[0]}, so the network is not known")
-    return found
+    try:
+        args = json.loads(found.facts["args"])
+    except ValueError as error:
+        raise StateError(f"{path}: damaged: its args are not JSON: {error}") from error
+    if not isinstance(args, dict):
+        raise StateError(f"{path}: damaged: its args are no table")
+    return NetworkFile(found, found.facts["model"], args, found.facts["dataset"])
 
 
 def rebuilt(module: nn.Module, found: Stored, *, source: str) -> nn.Module:
@@ -93,9 +121,8 @@ def stored(*, input_shape: tuple[int, ...], num_classes: int, file: str) -> nn.M
     """
     path = Path(file).expanduser()
     found = read_network(path)
-    factory = plugins.resolve(found.facts["model"], plugins.MODELS)
-    args = json.loads(found.facts["args"])
-    module = factory(input_shape=input_shape, num_classes=num_classes, **args)
-    made = rebuilt(module, found, source=str(path))
+    factory = plugins.resolve(found.model, plugins.MODELS)
+    module = factory(input_shape=input_shape, num_classes=num_classes, **found.args)
+    made = rebuilt(module, found.stored, source=str(path))
     refuse_other_samples(made, input_shape, num_classes, source=str(path))
     return made

@@ -116,7 +116,9 @@ def read(data: bytes, *, source: str) -> Stored:
             codes = _codes(found[f"{_CODES}{name}"], shape, bits=bits, is_packed=is_packed)
             scales = found[f"{_SCALES}{name}"].view(-1, *[1] * (len(shape) - 1))
             tensors[name] = codes.to(torch.float32) * scales
-    except (SafetensorError, StateError, KeyError, ValueError, RuntimeError) as error:
+    except (
+        SafetensorError, StateError, KeyError, ValueError, TypeError, AttributeError, RuntimeError
+    ) as error:  # fmt: skip
         raise StateError(f"{source}: damaged: {error}") from error
     return Stored(tensors, facts)
 
@@ -143,4 +145,6 @@ def _facts(data: bytes, source: str) -> dict[str, str]:
         found: dict[str, str] = json.loads(header.get("__metadata__", {}).get(_METADATA, "{}"))
     except (ValueError, AttributeError, TypeError) as error:
         raise StateError(f"{source}: damaged, or not a safetensors file: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise StateError(f"{source}: damaged: what it says of itself is no table of texts")
     return found

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edgelearn import plugins
-from edgelearn.compress.network_file import read_network, rebuilt, refuse_other_samples
+from edgelearn.compress.network_file import STORED, read_network, rebuilt, refuse_other_samples
 from edgelearn.compress.pipeline import Factory
 from edgelearn.compress.tune import loaded
 from edgelearn.deploy.export import calibration_samples, final_model
@@ -132,12 +132,9 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | 
 
 def _of_file(path: Path, dataset: str, cuts: Mapping[str, Any], seed: int) -> Subject:
     found = read_network(path)
-    facts = found.facts
-    scenario = _scenario(
-        facts["model"], json.loads(facts["args"]), dataset or facts["dataset"], cuts, seed
-    )
+    scenario = _scenario(found.model, found.args, dataset or found.dataset, cuts, seed)
     world = build(scenario)
-    module = rebuilt(world.model().module, found, source=str(path))
+    module = rebuilt(world.model().module, found.stored, source=str(path))
     refuse_other_samples(
         module, world.sample_shape, world.num_classes, source=f"{path}, {scenario.data.dataset}"
     )
@@ -167,15 +164,18 @@ def _subject(world: World, module: nn.Module, pipeline: str) -> Subject:
         spec = ModelSpec(name=name or scenario.model.name, args=args)
         return replace(world, scenario=replace(scenario, model=spec)).model().module
 
-    encoding = world.train.encoding
+    encoding, spec = world.train.encoding, scenario.model
+    if spec.name == STORED:  # a file is to say what its network is, not where another file lay
+        known = read_network(Path(spec.args["file"]).expanduser())
+        spec = ModelSpec(name=known.model, args=known.args)
     return Subject(
         module=module,
         train=calibration_samples(world, sys.maxsize),
         test=_test_samples(world),
         factory=factory,
         facts={
-            "model": scenario.model.name,
-            "args": json.dumps(plain(scenario.model.args)),
+            "model": spec.name,
+            "args": json.dumps(plain(spec.args)),
             "dataset": scenario.data.dataset,
             "input": "(stored * scale - mean) / std",
             "input.scale": repr(encoding.scale),

@@ -12,6 +12,7 @@ import edgelearn
 from edgelearn.compress.network_file import stored
 from edgelearn.compress.stored import store
 from edgelearn.compress.structured import prune_channels
+from edgelearn.compressing.subject import find
 from edgelearn.errors import StateError
 from edgelearn.scenario.models import mlp
 from edgelearn.scenario.world import build
@@ -71,3 +72,17 @@ def test_what_does_not_fit_is_refused(file: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(StateError, match="small"):
         stored(input_shape=SHAPE, num_classes=CLASSES, file=str(file))
+
+
+@pytest.mark.parametrize("args", ["not JSON", "[1]"])
+def test_arguments_that_are_none_are_damage(tmp_path: Path, args: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(store(nn.Linear(2, 2), facts={**FACTS, "args": args}))
+    with pytest.raises(StateError, match=r"odd\.safetensors: damaged: its args"):
+        stored(input_shape=SHAPE, num_classes=CLASSES, file=str(path))
+
+
+def test_a_file_of_a_stored_network_says_what_it_was_stored_as(file: Path) -> None:
+    subject = find("stored", args={"file": str(file)}, max_train=20, max_test=10)
+    assert subject.facts["model"] == "mlp"
+    assert subject.facts["args"] == FACTS["args"]
