@@ -15,11 +15,11 @@ from rich.table import Table
 
 from edgelearn.device.footprint import COMPONENTS, Needs, needs
 from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import runtime_of
 from edgelearn.device.profile import Profile, folder, load_profile
 from edgelearn.device.training import decoded_at_once
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.report.formats import size
-from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.kinds import Kind, kinds_with
 from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import ALL, ClientSpec, Scenario
@@ -218,7 +218,7 @@ class _Known:
         world = replace(self._world, scenario=scenario)
         found = needs(
             make_learner(world, variant=kind.variant, width=kind.width),
-            make_runtime(scenario.runtime.name, kind.runtime_args),
+            runtime_of(scenario, kind),
             self._samples,
             overhead_bytes=self._overhead_bytes,
             proximal_mu=float(scenario.server.args.get("proximal_mu", 0.0)),
