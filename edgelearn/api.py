@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgelearn.compress.codec import make_codec
 from edgelearn.continual.strategy import make_strategy
 from edgelearn.device.drift import make_detector
+from edgelearn.device.learners import runtime_of
 from edgelearn.device.profile import assign
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy
 from edgelearn.fleet.simulate import simulate
-from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.kinds import kinds_of
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.load import load as load_file
@@ -88,7 +89,7 @@ def compare(
 
 def _make_runtimes(scenario: Scenario) -> None:
     for kind in kinds_of(scenario).kinds:
-        make_runtime(scenario.runtime.name, kind.runtime_args)
+        runtime_of(scenario, kind)
 
 
 def check_plugins(scenario: Scenario) -> None:
@@ -103,6 +104,7 @@ def check_plugins(scenario: Scenario) -> None:
         lambda: make_strategy(scenario.client.strategy, scenario.client.args),
         lambda: make_server_strategy(scenario),
         lambda: _make_runtimes(scenario),
+        lambda: make_codec(scenario.wire.codec, scenario.wire.args),
         lambda: assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed),
         lambda: make_detector(scenario.stream.detector, scenario.stream.detector_args),
         lambda: presence(scenario.fleet, scenario.stream.num_experiences, scenario.seed),

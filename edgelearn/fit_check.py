@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgelearn.device.footprint import COMPONENTS, Needs, needs
-from edgelearn.device.learner import Learner, make_learner
+from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import runtime_of
 from edgelearn.device.profile import Profile, folder, load_profile
 from edgelearn.device.training import decoded_at_once
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.report.formats import size
-from edgelearn.runtime.protocol import make_runtime
+from edgelearn.scenario.kinds import Kind, kinds_with
 from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import ALL, ClientSpec, Scenario
 from edgelearn.scenario.world import World, build
@@ -49,7 +51,9 @@ class Verdict:
     """What a kind of device can do with a scenario.
 
     Attributes:
-        profile: The kind of device.
+        profile: The profile.
+        kind: What such a device holds and serves; of several networks the one that needs most.
+        planned: What it needs with the scenario as it is.
         can_answer: Whether the served model fits.
         can_train: Whether training fits as the scenario has it.
         remedy: The first way of training that fits where that does not; None if none does.
@@ -57,6 +61,8 @@ class Verdict:
     """
 
     profile: Profile
+    kind: Kind
+    planned: Way
     can_answer: bool
     can_train: bool
     remedy: Way | None = None
@@ -74,13 +80,16 @@ class FitCheck:
 
     Attributes:
         scenario: Its name.
-        planned: The scenario as it is.
-        verdicts: One for each profile.
+        verdicts: One for each profile, at least one.
     """
 
     scenario: str
-    planned: Way
     verdicts: Sequence[Verdict]
+
+    @property
+    def planned(self) -> Way:
+        """The scenario as it is, on those devices that need most."""
+        return max((verdict.planned for verdict in self.verdicts), key=_training_bytes)
 
     @property
     def fits(self) -> bool:
@@ -98,6 +107,9 @@ class FitCheck:
                     "memory_bytes": memory_bytes(verdict.profile),
                     "can_answer": verdict.can_answer,
                     "can_train": verdict.can_train,
+                    "variant": verdict.kind.variant,
+                    "width": verdict.kind.width,
+                    "needs": _plain(verdict.planned.needs),
                     "least_bytes": verdict.least_bytes,
                     "remedy": None
                     if verdict.remedy is None
@@ -121,69 +133,97 @@ def check_fit(
 ) -> FitCheck:
     """Compare what a scenario needs with what devices have.
 
+    A device needs what the network takes that it holds: a sub-model, or a variant, where the
+    scenario gives its profile one. Of variants that are dealt out it may get any.
+
     Args:
         scenario: What is learned, and how.
-        profiles: Kinds of devices.
+        profiles: Kinds of devices, at least one.
         overhead_bytes: What interpreter, libraries and system take of a device's memory.
 
     Raises:
         ScenarioError: If the scenario is faulty, or no device has samples to begin with.
     """
-    ways = _Ways(scenario, overhead_bytes)
-    planned = ways.of({})
-    verdicts = []
-    for profile in profiles:
-        limit = memory_bytes(profile)
-        can_answer = planned.needs.answering.total <= limit
-        can_train = planned.needs.training.total <= limit
-        remedy = least = None
-        if can_answer and not can_train:
-            remedy = next((w for w in ways.others() if w.needs.training.total <= limit), None)
-            if remedy is None:
-                least = min(w.needs.training.total for w in (planned, *ways.others()))
-        verdicts.append(Verdict(profile, can_answer, can_train, remedy, least))
-    return FitCheck(scenario.name, planned, verdicts)
+    known = _Known(scenario, overhead_bytes)
+    return FitCheck(scenario.name, [_verdict(known, profile) for profile in profiles])
 
 
-class _Ways:
+def _verdict(known: _Known, profile: Profile) -> Verdict:
+    limit, scenario = memory_bytes(profile), known.scenario
+    kinds = kinds_with(scenario, _reference(scenario, profile))
+    plans = {place: known.way(kind, {}) for place, kind in enumerate(kinds)}
+    most = max(plans, key=lambda place: _training_bytes(plans[place]))
+    planned = plans[most]
+    can_answer = all(way.needs.answering.total <= limit for way in plans.values())
+    can_train = _training_bytes(planned) <= limit
+    remedy = least = None
+    if can_answer and not can_train:
+        remedy = next((w for w in known.others(kinds) if _training_bytes(w) <= limit), None)
+        if remedy is None:
+            least = min(map(_training_bytes, (planned, *known.others(kinds))))
+    return Verdict(profile, kinds[most], planned, can_answer, can_train, remedy, least)
+
+
+def _reference(scenario: Scenario, profile: Profile) -> str:
+    """Return how a scenario names a profile: by its name, or by the path of a file."""
+    names = (name for name in scenario.fleet.profiles if Path(name).stem == profile.name)
+    return next(names, profile.name)
+
+
+def _training_bytes(way: Way) -> int:
+    return way.needs.training.total
+
+
+class _Known:
     """Ways of training a scenario; each is computed once, and only if it is asked for."""
 
     def __init__(self, scenario: Scenario, overhead_bytes: int) -> None:
-        self._scenario, self._overhead_bytes = scenario, overhead_bytes
+        self.scenario, self._overhead_bytes = scenario, overhead_bytes
         self._world = build(scenario)
-        self._learner = make_learner(self._world)
-        self._samples = _samples(self._world, self._learner)
-        self._known: dict[str, Way | None] = {}
+        self._samples = _samples(self._world, scenario.client)
+        self._ways: dict[str, Way | ScenarioError] = {}
 
-    def of(self, changes: Mapping[str, Any]) -> Way:
-        """Return a way.
+    def way(self, kind: Kind, changes: Mapping[str, Any]) -> Way:
+        """Return what devices of a kind need with some changes.
 
         Raises:
             ScenarioError: If the scenario can't be trained so.
         """
-        spec = replace(self._scenario.client, **changes)
-        scenario = replace(self._scenario, client=spec)
+        key = repr((kind.network, dict(kind.runtime_args), dict(changes)))
+        if key not in self._ways:
+            try:
+                self._ways[key] = self._computed(kind, changes)
+            except ScenarioError as error:
+                self._ways[key] = error
+        found = self._ways[key]
+        if isinstance(found, ScenarioError):
+            raise found
+        return found
+
+    def others(self, kinds: Sequence[Kind]) -> Iterator[Way]:
+        """Yield what is possible beside the plan, from what costs least.
+
+        Each is that of those kinds of devices that need most.
+        """
+        for changes in candidates(self.scenario.client):
+            try:
+                most = max((self.way(kind, changes) for kind in kinds), key=_training_bytes)
+            except ScenarioError:  # the strategy or a network rules it out
+                continue
+            yield most
+
+    def _computed(self, kind: Kind, changes: Mapping[str, Any]) -> Way:
+        spec = replace(self.scenario.client, **changes)
+        scenario = replace(self.scenario, client=spec)
+        world = replace(self._world, scenario=scenario)
         found = needs(
-            make_learner(replace(self._world, scenario=scenario)),
-            make_runtime(scenario.runtime.name, scenario.runtime.args),
+            make_learner(world, variant=kind.variant, width=kind.width),
+            runtime_of(scenario, kind),
             self._samples,
             overhead_bytes=self._overhead_bytes,
             proximal_mu=float(scenario.server.args.get("proximal_mu", 0.0)),
         )
         return Way(changes, found)
-
-    def others(self) -> Iterator[Way]:
-        """Yield what is possible beside the plan, from what costs least."""
-        for changes in candidates(self._scenario.client):
-            key = repr(changes)
-            if key not in self._known:
-                try:
-                    self._known[key] = self.of(changes)
-                except ScenarioError:  # the strategy or the network rules it out
-                    self._known[key] = None
-            way = self._known[key]
-            if way is not None:
-                yield way
 
 
 def candidates(spec: ClientSpec) -> Iterator[dict[str, Any]]:
@@ -209,13 +249,13 @@ def _distinct(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [x for i, x in enumerate(found) if x and x not in found[:i]]
 
 
-def _samples(world: World, learner: Learner) -> Samples:
+def _samples(world: World, spec: ClientSpec) -> Samples:
     """Return samples of the device that has most, as many as are decoded at once."""
     devices = np.arange(world.scenario.fleet.num_devices)
     for position in range(world.stream.num_experiences):
         sizes = world.train_sizes(devices, position, server_round=None)
         if sizes.max():
-            most = max(decoded_at_once(world.train, learner.spec.batch_size), 1)
+            most = max(decoded_at_once(world.train, spec.batch_size), 1)
             samples = world.train_samples(int(sizes.argmax()), position)
             return Samples(samples.store, samples.ids[:most])
     fault = Fault("labels", "missing", "no device ever has a sample to train on")
@@ -246,19 +286,13 @@ def fit_check(
 def show(check: FitCheck) -> None:
     """Print what was found as tables."""
     console = Console()
-    found = check.planned.needs
-    columns = {"a step": found.step, "sending": found.sending, "answering": found.answering}
-    parts = Table(title=f"{check.scenario}: memory of a device", title_justify="left")
-    parts.add_column("")
-    for name in columns:
-        parts.add_column(name, justify="right", no_wrap=True)
-    for component in COMPONENTS:
-        if any(component in footprint.parts for footprint in columns.values()):
-            sizes = [footprint.parts.get(component) for footprint in columns.values()]
-            parts.add_row(component, *("" if b is None else size(b) for b in sizes))
-    parts.add_section()
-    parts.add_row("sum", *(size(footprint.total) for footprint in columns.values()))
-    console.print(parts)
+    held: dict[tuple[str, float], list[Verdict]] = {}
+    for verdict in check.verdicts:
+        held.setdefault(verdict.kind.network, []).append(verdict)
+    for verdicts in held.values():
+        names = ", ".join(verdict.profile.name for verdict in verdicts)
+        whose = f"memory of a device: {names}" if len(held) > 1 else "memory of a device"
+        console.print(_parts(f"{check.scenario}: {whose}", verdicts[0].planned.needs))
     fits = Table(title="training takes the larger of step and sending", title_justify="left")
     fits.add_column("profile")
     fits.add_column("has", justify="right", no_wrap=True)
@@ -268,6 +302,21 @@ def show(check: FitCheck) -> None:
         has = size(memory_bytes(verdict.profile))
         fits.add_row(verdict.profile.name, has, *map(escape, _words(verdict)))
     console.print(fits)
+
+
+def _parts(title: str, found: Needs) -> Table:
+    columns = {"a step": found.step, "sending": found.sending, "answering": found.answering}
+    parts = Table(title=escape(title), title_justify="left")
+    parts.add_column("")
+    for name in columns:
+        parts.add_column(name, justify="right", no_wrap=True)
+    for component in COMPONENTS:
+        if any(component in footprint.parts for footprint in columns.values()):
+            sizes = [footprint.parts.get(component) for footprint in columns.values()]
+            parts.add_row(component, *("" if b is None else size(b) for b in sizes))
+    parts.add_section()
+    parts.add_row("sum", *(size(footprint.total) for footprint in columns.values()))
+    return parts
 
 
 def _words(verdict: Verdict) -> tuple[str, str, str]:

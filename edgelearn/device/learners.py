@@ -10,7 +10,30 @@ from edgelearn.device.learner import Learner, make_learner
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.runtime.protocol import Runtime, make_runtime
 from edgelearn.scenario.kinds import BASE, Kind, Kinds
+from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World
+
+
+def runtime_of(scenario: Scenario, kind: Kind) -> Runtime:
+    """Build the runtime that devices of a kind serve with.
+
+    Raises:
+        PluginError: If its name leads nowhere.
+        ScenarioError: If it does not take the arguments; it says in which table they stand.
+    """
+    name = scenario.runtime.name
+    try:
+        return make_runtime(name, kind.runtime_args)
+    except ScenarioError as error:
+        if kind.runtime_args == scenario.runtime.args:
+            raise
+        make_runtime(name, scenario.runtime.args)  # tells of what is wrong in these already
+        table, kinds = "fleet.runtime_args", kind.name
+        faults = [
+            Fault(table, kinds, f.message if f.table == "runtime" else f"{f.key}: {f.message}")
+            for f in error.faults
+        ]
+        raise ScenarioError(scenario.name, faults) from error
 
 
 @final
@@ -65,8 +88,7 @@ class FleetLearners:
             ScenarioError: If it does not take the arguments.
         """
         if kind.name not in self._runtimes:
-            name = self._world.scenario.runtime.name
-            self._runtimes[kind.name] = make_runtime(name, kind.runtime_args)
+            self._runtimes[kind.name] = runtime_of(self._world.scenario, kind)
         return self._runtimes[kind.name]
 
     @property

@@ -69,6 +69,8 @@ def why_not(world: World, learner: Learner, *, tries_hooks: bool = False) -> str
         return obstacle
     if learner.strategy.keeps_network:
         return f"{type(learner.strategy).__name__} keeps the network on the device"
+    if (reason := together.has_public(learner)) is not None:
+        return reason
     if learner.strategy.overrides("upload"):
         return f"{type(learner.strategy).__name__} changes what a device sends"
     if any(map(learner.strategy.overrides, (*ROUND_HOOKS, "view", "gradient"))):

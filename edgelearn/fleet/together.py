@@ -59,6 +59,8 @@ def not_declared(learner: Learner) -> str | None:
         return DETECTS
     if strategy.keeps_network:
         return f"{type(strategy).__name__} keeps the network on the device"
+    if (reason := has_public(learner)) is not None:
+        return reason
     if not strategy.is_declared or strategy.overrides("upload"):
         return f"{type(strategy).__name__} computes what it does instead of declaring it"
     if learner.spec.optimizer != "sgd":
@@ -90,6 +92,13 @@ def saves_memory(learner: Learner) -> str | None:
     if spec.accumulate > 1:
         return f"a batch passes in {spec.accumulate} parts"
     return "activations are computed again in the backward pass" if spec.checkpoint else None
+
+
+def has_public(learner: Learner) -> str | None:
+    """Return why a device's first memory is not what its declaration says; None if it is."""
+    if not learner.needs_public:
+        return None
+    return f"{type(learner.strategy).__name__} begins with the public samples in memory"
 
 
 def open_memories(world: World, learner: Learner, store_path: Path) -> RecordFile:

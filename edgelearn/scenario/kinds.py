@@ -94,22 +94,35 @@ def kinds_of(scenario: Scenario) -> Kinds:
         >>> found.of_device(3).network
         ('', 0.5)
     """
-    fleet, variants = scenario.fleet, scenario.model.variants
-    names, shares = names_of(fleet.profiles), _shares(scenario)
-    by_profile = {spec.profile: variant for variant, spec in variants.items() if spec.profile}
+    fleet, shares = scenario.fleet, _shares(scenario)
+    names = names_of(fleet.profiles)
     found: list[Kind] = []
     place_of = np.empty((len(names), len(shares)), np.int64)
     for row, name in enumerate(names):
-        arguments = {**scenario.runtime.args, **fleet.runtime_args.get(name, {})}
-        width = float(fleet.width.get(name, 1.0))
-        for column, variant in enumerate(names_of(shares)):
-            kind = Kind(name, by_profile.get(name, variant), width, arguments)
+        for column, kind in enumerate(kinds_with(scenario, name)):
             place_of[row, column] = _place(kind, found)
     if len(found) == 1:
         return Kinds(tuple(found))
     rows = deal(fleet.profiles, fleet.num_devices, scenario.seed)
     columns = deal(shares, fleet.num_devices, scenario.seed, purpose="variants")
     return Kinds(tuple(found), place_of[rows, columns])
+
+
+def kinds_with(scenario: Scenario, profile: str) -> tuple[Kind, ...]:
+    """Return the kinds that devices with a profile are of, one for each network that is dealt out.
+
+    Args:
+        scenario: The scenario.
+        profile: As `[fleet] profiles` names it, or any other: then what it does not say by profile.
+    """
+    fleet, variants = scenario.fleet, scenario.model.variants
+    by_profile = {spec.profile: variant for variant, spec in variants.items() if spec.profile}
+    arguments = {**scenario.runtime.args, **fleet.runtime_args.get(profile, {})}
+    width = float(fleet.width.get(profile, 1.0))
+    return tuple(
+        Kind(profile, by_profile.get(profile, variant), width, arguments)
+        for variant in names_of(_shares(scenario))
+    )
 
 
 def _shares(scenario: Scenario) -> Mapping[str, float]:

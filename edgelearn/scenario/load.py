@@ -231,13 +231,15 @@ def _check_reference(value: str, group: str, fault: Any) -> Any:
     if ":" not in value:
         if group == plugins.SERVER_STRATEGIES:  # Flower knows its own names, once imported
             return value
-        offered = plugins.names(group)
+        offered, near, more = plugins.names(group), plugins.names(group), ""
         if group == plugins.CODECS:
+            near = (plugins.NO_CODEC, *offered, *(f"{name}{plugins.ENTROPY}" for name in offered))
             offered = (plugins.NO_CODEC, *offered)
+            more = f"; behind one of them {plugins.ENTROPY}, which compresses its messages"
         if value not in offered:
             return fault(
-                f"unknown name {value!r}{nearest(value, offered)}; allowed: "
-                f"{', '.join(offered)}, module:Class or path/to/file.py:Class"
+                f"unknown name {value!r}{nearest(value, near)}; allowed: "
+                f"{', '.join(offered)}, module:Class or path/to/file.py:Class{more}"
             )
         return value
     prefix = ""

@@ -30,9 +30,11 @@ from edgelearn.fleet.native import NativeEngine
 from edgelearn.fleet.plan import make_plan
 from edgelearn.fleet.pool import PoolEngine
 from edgelearn.fleet.reference import ReferenceEngine
+from edgelearn.fleet.simulate import simulate
 from edgelearn.scenario.datasets import Dataset
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.world import World, build
+from edgelearn.testing.toy import toy_scenario
 
 NUM_DEVICES = 7
 EMPTY_DEVICE, SINGLE_DEVICE, SICK_DEVICE = 4, 5, 2
@@ -485,6 +487,37 @@ def test_hooks_are_tried_out_where_they_may_run(
     for engine, inner in (("pool", ""), ("ray", "reference")):
         if engine == "pool" or ray.is_installed():
             assert make_plan(world, learner, engine=engine).inner == inner
+
+
+PUBLIC = """
+import torch
+from edgelearn.continual.memory import SampleSpec
+from edgelearn.continual.strategy import ClientStrategy
+from edgelearn.scenario.samples import Batch
+
+class Rehearse(ClientStrategy):
+    def declare(self, model, facts):
+        return {"public": SampleSpec(facts.num_public, is_public=True)}
+
+    def extend(self, batch, memory, generator):
+        more = memory.store.batch(memory["public"])
+        return Batch(torch.cat([batch.x, more.x]), torch.cat([batch.y, more.y]), None, None)
+"""
+
+
+def test_public_samples_are_left_to_the_tiers_that_give_them_to_a_device(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(PUBLIC)
+    scenario = toy_scenario(
+        data={"public": 8},
+        fleet={"num_devices": 12, "cohort": 12},
+        client={"strategy": f"{tmp_path / 'own.py'}:Rehearse"},
+    )
+    world = build(scenario)
+    learner, reason = make_learner(world), "Rehearse begins with the public samples in memory"
+    assert batched.why_not(world, learner, tries_hooks=True) == reason
+    assert native.why_not(world, learner) == (reason if HAS_KERNELS else native.MISSING)
+    found, expected = simulate(scenario), simulate(scenario, engine="reference")
+    assert found.rounds[-1]["loss"] == expected.rounds[-1]["loss"]
 
 
 def test_new_devices_have_nothing_to_read(tmp_path: Path) -> None:

@@ -305,8 +305,15 @@ def test_a_kind_of_device_may_serve_with_fewer_bits(
 
 def test_arguments_that_a_runtime_does_not_take(tmp_path: Path) -> None:
     wrong = {"phone-mid": {"weight_bits": 9}}
-    with pytest.raises(ScenarioError, match="weight_bits is 9; allowed: 2 to 8"):
+    told = r"\[fleet.runtime_args\] phone-mid: weight_bits is 9; allowed: 2 to 8"
+    with pytest.raises(ScenarioError, match=told):
         simulate(toy_scenario(fleet={"runtime_args": wrong}))
+    wrong = {"phone-mid": {"bits": 4}}
+    with pytest.raises(ScenarioError, match=r"\[fleet.runtime_args\] phone-mid: bits: Int8Runtime"):
+        simulate(toy_scenario(fleet={"runtime_args": wrong}))
+    both = {"fleet": {"runtime_args": wrong}, "runtime": {"args": {"bats": 4}}}
+    with pytest.raises(ScenarioError, match=r"\[runtime.args\] bats: Int8Runtime"):
+        simulate(toy_scenario(**both))
     with pytest.raises(ScenarioError, match="expected a table, got 4"):
         toy_scenario(fleet={"runtime_args": {"phone-mid": 4}})
     with pytest.raises(ScenarioError, match="no profile of the fleet"):

@@ -61,6 +61,42 @@ def test_the_limit_is_exact_and_the_cheapest_way_is_found(
     assert verdict.can_train
 
 
+def test_a_device_needs_what_the_part_takes_that_it_holds(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    raw["model"]["args"] = {"hidden": [64]}
+    whole = checked(raw, tmp_path, 2**30).planned.needs
+    raw["model"]["args"] = {"hidden": [16]}
+    quarter = checked(raw, tmp_path, 2**30).planned.needs
+    raw["model"]["args"] = {"hidden": [64]}
+    board = str(tmp_path / "board.toml")
+    raw["fleet"] |= {"profiles": {board: 1, "phone-mid": 1}, "width": {board: 0.25}}
+    raw["server"] = {"strategy": "HeteroFL"}
+    found = check_fit(from_dict(raw), [load_profile(board), load_profile("phone-mid")])
+    assert [v.kind.network for v in found.verdicts] == [("", 0.25), ("", 1.0)]
+    assert [v.planned.needs for v in found.verdicts] == [quarter, whole]
+    assert found.planned.needs == whole
+    limit = quarter.training.total
+    assert checked(raw, tmp_path, limit).fits
+    assert not checked(raw, tmp_path, limit - 1).fits
+
+
+def test_of_networks_that_are_dealt_out_a_device_may_get_the_largest(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    small = {"name": "mlp", "args": {"hidden": [4]}}
+    raw["data"]["public"] = 40
+    raw["client"] |= {"strategy": "fedmd", "args": {}}
+    raw["model"] = {"name": "mlp", "args": {"hidden": [64]}}
+    whole = checked(raw, tmp_path, 2**30).planned.needs
+    raw["model"]["variants"] = {"small": {**small, "share": 0.5}}
+    assert checked(raw, tmp_path, 2**30).planned.needs == whole
+    raw["model"]["variants"] = {"small": {**small, "profile": "phone-mid"}}
+    found = check_fit(from_dict(raw), [load_profile("phone-mid")])
+    assert found.verdicts[0].kind.variant == "small"
+    assert found.planned.needs.training.total < whole.training.total
+
+
 def test_where_no_option_helps_the_least_is_told(raw: dict[str, Any], tmp_path: Path) -> None:
     (verdict,) = checked(raw, tmp_path, 9_000).verdicts
     assert not verdict.can_train
