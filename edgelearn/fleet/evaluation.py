@@ -6,6 +6,7 @@ depend on who does them. A group fails as its devices one by one would.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from edgelearn.device.evaluate import Counts, Trial
@@ -13,6 +14,7 @@ from edgelearn.federated.egress import Schema
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
 from edgelearn.scenario.world import World
 
+_log = logging.getLogger(__name__)
 _MOST_DEVICES, _MOST_SAMPLES = 32, 4096
 
 
@@ -69,8 +71,8 @@ def evaluate_jobs(
     if len(trials) > 1:
         try:
             counts = dict(zip(trials, measure(list(trials.values())), strict=True))
-        except Exception as error:
-            del error  # one by one, whose it is will show
+        except Exception as error:  # one by one, whose it is will show
+            _log.warning("%d devices together: %s; one by one", len(trials), error)
     for job in jobs:
         if job.row not in done:
             try:

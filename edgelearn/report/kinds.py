@@ -64,7 +64,7 @@ class OfKind:
 def by_kind(record: RunRecord) -> tuple[OfKind, ...]:
     """Return the devices of each kind, those with the largest models first.
 
-    None if all devices are alike and hold the whole of `[model]`.
+    None of them if all devices are alike and hold the whole of `[model]`.
     """
     kinds, kind_of = record.run.get("kinds", []), record.run.get("kind_of")
     if kind_of is None and all(kind["width"] == 1 and not kind.get("variant") for kind in kinds):
