@@ -258,6 +258,41 @@ def agreement(result: dict[str, Any], subject: str) -> float | None:
     return None if value is None else 100 * value
 
 
+FLOAT_ONNX = "float, onnxruntime"
+
+
+def _of(result: dict[str, Any], subject: str, engine: str, field: str) -> float | None:
+    return results.median(results.values(result, _name(subject, engine), field))
+
+
+def _divided(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
+def over_eager(result: dict[str, Any], subject: str) -> float | None:
+    """Return how many times less an answer of int8 takes than one of eager float, batch 1."""
+    eager = _of(result, subject, FLOAT, "b1_p50_ms")
+    return _divided(eager, _of(result, subject, ONNX, "b1_p50_ms"))
+
+
+def over_float(result: dict[str, Any], subject: str) -> float | None:
+    """Return how many times less it takes than one of the same engine's float, batch 1."""
+    exact = _of(result, subject, FLOAT_ONNX, "b1_p50_ms")
+    return _divided(exact, _of(result, subject, ONNX, "b1_p50_ms"))
+
+
+def lost(result: dict[str, Any], subject: str) -> float | None:
+    """Return the points of accuracy that int8 loses to float."""
+    exact, served = (_of(result, subject, engine, "accuracy") for engine in (FLOAT, ONNX))
+    return None if exact is None or served is None else 100 * (exact - served)
+
+
+def share_of_bytes(result: dict[str, Any], subject: str) -> float | None:
+    """Return the bytes of the int8 file, as a share of those of the same engine's float."""
+    served = _of(result, subject, ONNX, "bytes")
+    return _divided(served, _of(result, subject, FLOAT_ONNX, "bytes"))
+
+
 def difference(result: dict[str, Any], subject: str) -> float | None:
     """Return how many percentage points of accuracy lie between the two."""
     found = [
