@@ -33,7 +33,6 @@ CODECS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "top-k+lzma",
         {**_HUNDREDTH, "feedback": False},
     ),
-    "top-k, 1.5 %, int8, entropy-coded": ("top-k+lzma", {**_HUNDREDTH, "share": 0.015}),
     "random-k, 10 %": ("random-k", _TENTH),
 }
 
