@@ -361,8 +361,8 @@ CNN of 52,000 weights, that and the names of the graph are the hundredth that is
 *MobileNetV2, agreement of the two int8*: ONNX Runtime folds batch norm into weights before they are
 rounded and carries sums as codes, torch's int8 does neither, so codes differ; accuracies do not.
 *top-k 1 %*: with ten of a hundred devices in a round each meets the server four times, and what it
-held back is stale by then; error feedback brings nothing here. A tenth in place of a hundredth loses
-0.9 points."""
+held back is stale by then; error feedback brings nothing here. A tenth in place of a hundredth
+loses 0.9 points."""
 
 
 def section(found: Results) -> str:
