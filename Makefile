@@ -33,7 +33,7 @@ test: $(READY) ## Run the tests, the linters and the type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## Lint and format in place
 	$(BIN)/ruff check --fix .
