@@ -355,7 +355,8 @@ Avalanche does, accuracies agree. *One device*: what EWC adds there holds the Fi
 experience; SI sees each step's gradient, which a plain step never writes out, and keeps a sum of
 the network's size. These two were taken before path integrals were declared; "What regularization
 adds to a step" has what is left since: the vectors of the 2NN do not fit the cache together with
-the weights, those of a network of 25,000 parameters do, and there the kernels stay below 25 %. *Int8 against float of one engine*: on this processor, with AVX-512, an answer
+the weights, those of a network of 25,000 parameters do, and there the kernels stay below 25 %.
+*Int8 against float of one engine*: on this processor, with AVX-512, an answer
 of the small CNN takes 30 microseconds in float, less than quantizing and unpacking cost; the gain
 begins with larger networks. *Bytes of int8*: beside its codes a network stores a scale, a bias and
 its scale for each channel, 12 bytes; in MobileNetV2, with 17,000 channels of few weights, and in a
