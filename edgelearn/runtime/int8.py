@@ -1,6 +1,8 @@
 r"""int8 reference runtime: integer arithmetic, exactly as an integer kernel would do it.
 
-Linear and convolution layers are quantized; what is between them stays float.
+Linear and convolution layers are quantized. What is between them stays float in networks that are
+served layer by layer; in those that can be read as a graph, batch norm is folded and values that
+enter a sum or an average are codes (`edgelearn.runtime.int8_forms`).
 
 - weights: symmetric per output channel, w_q = clip(round(w / s_w), -c, c), s_w = max|w| / c, with
   the largest code c = 2^(b - 1) - 1 for b bits, 127 for 8 (and 64 for 7, as `onnxruntime` has it);
@@ -18,163 +20,23 @@ are those of an integer kernel, the speed is not.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import final
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edgelearn.compress.quantize import (
-    LARGEST_CODE,
-    activation_scale,
-    least_step,
-    quantize_weight,
-)
-from edgelearn.params import SHARED, FlatModel
+from edgelearn.compress.quantize import LARGEST_CODE, least_step, quantize_weight
+from edgelearn.params import FlatModel
+from edgelearn.runtime.int8_forms import Form, Parts, form_of
+from edgelearn.runtime.int8_layers import unknown_range
 from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
 
-Layer = nn.Linear | nn.Conv2d
 _STORED_BITS = {7: 8}  # of a code; others take as many as they have
-# Products |x_q - z| |w_q| <= 255 * 127 whose sums float32 holds exactly, in any order.
-_NUM_PRODUCTS = 2**24 // (255 * 127)
-
-
-class _QuantizedLayer(nn.Module):
-    """A layer that reads its integers from buffers, which the predictor binds.
-
-    A range is one for all rows ([]) or one for each device of a group ([D]), where `owner` [n] says
-    whose each row is. A range with high < low is unknown: such rows have their own.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.is_conv = isinstance(layer, nn.Conv2d)
-        if isinstance(layer, nn.Conv2d):
-            self.stride, self.padding = layer.stride, layer.padding
-            self.dilation, self.groups = layer.dilation, layer.groups
-            self.border: tuple[list[int], str] | None = None
-            if layer.padding_mode != "zeros":  # padded with inputs, as torch does it
-                self.border = (layer._reversed_padding_repeated_twice, layer.padding_mode)
-                self.padding = (0, 0)
-        self.terms = _terms(layer)
-        self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=_accumulator(layer)))
-        self.register_buffer("scale", torch.ones(len(layer.weight)))
-        self.register_buffer("bias", torch.zeros(len(layer.weight)))
-        self.register_buffer("least_step", torch.zeros(()))
-        for leaf, value in _unknown_range().items():
-            self.register_buffer(leaf, value)
-
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor
-    least_step: Tensor
-    low: Tensor
-    high: Tensor
-    owner: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        channel = (1, -1, 1, 1) if self.is_conv else (-1,)
-        low, high, least, index = self._ranges(x)
-        found = activation_scale(low, high, least_step=least)
-        step, zero = (t.view(-1, *[1] * (x.dim() - 1)) for t in found)
-        unit = step.double() * self.scale.double().view(channel)
-        bias = torch.round(self.bias.double().view(channel) / unit).clamp(-(2**31), 2**31 - 1)
-        if index is not None:
-            step, zero, unit, bias = (t.index_select(0, index) for t in (step, zero, unit, bias))
-        centred = torch.div(x, step).round_().add_(zero).clamp_(0, 255).sub_(zero)
-        total = self._sum(centred.to(self.codes.dtype))
-        return total.add_(bias).mul_(unit).to(torch.float32)
-
-    def _ranges(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float, Tensor | None]:
-        """Return R ranges, floors under their steps, and which of them each row has [n].
-
-        None: the only one, or as many as there are rows.
-        """
-        low, high, owner = self.low, self.high, self.owner
-        unknown = high < low
-        if low.dim() == 0:
-            if not unknown:
-                return low, high, 0.0, None
-            rows = x.reshape(len(x), -1)
-            return rows.amin(1), rows.amax(1), self.least_step, None
-        if len(owner) != len(x):
-            raise ValueError(
-                f"a layer got {len(x)} rows for {len(owner)} inputs: the network can't be "
-                "asked for several devices at once"
-            )
-        if not unknown.any():
-            return low, high, 0.0, owner
-        places = unknown[owner].nonzero().flatten()
-        rows = x[places].flatten(1)
-        index = owner.clone()
-        index[places] = len(low) + torch.arange(len(places))
-        least = torch.cat([torch.zeros_like(low), self.least_step.expand(len(places))])
-        low, high = torch.cat([low, rows.amin(1)]), torch.cat([high, rows.amax(1)])
-        return low, high, least, index
-
-    def _sum(self, x: Tensor) -> Tensor:
-        """Return sum x_q w_q, float64: exact within each slice of terms, and exact between them."""
-        if not self.is_conv:
-            parts = (F.linear(x[..., t], self.codes[:, t]) for t in self.terms)
-            return _added(parts)
-        if self.border is not None:
-            x = F.pad(x, self.border[0], mode=self.border[1])
-        return _added(
-            F.conv2d(
-                _channels(x, t, self.groups),
-                self.codes[:, t],
-                None,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-            )
-            for t in self.terms
-        )
-
-
-def _unknown_range() -> dict[str, Tensor]:
-    """Return the buffers of a layer that is not calibrated."""
-    nobody = torch.empty(0, dtype=torch.int64)
-    return {"low": torch.zeros(()), "high": torch.full((), -1.0), "owner": nobody}
-
-
-def _added(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts).to(torch.float64)
-    for part in parts:
-        total.add_(part)
-    return total
-
-
-def _channels(x: Tensor, which: slice, groups: int) -> Tensor:
-    """Return some input channels of each group of a convolution."""
-    if groups == 1:
-        return x[..., which, :, :]
-    apart = x.reshape(*x.shape[:-3], groups, -1, *x.shape[-2:])
-    return apart[..., which, :, :].flatten(-4, -3)
-
-
-def _accumulator(layer: Layer) -> torch.dtype:
-    """Return the type that holds the sums; float64 only where a channel is too much for float32."""
-    return torch.float64 if layer.weight[0, 0].numel() > _NUM_PRODUCTS else torch.float32
-
-
-def _terms(layer: Layer) -> list[slice]:
-    """Cut a layer's input features or channels into slices whose sums are exact."""
-    count, area = layer.weight.shape[1], layer.weight[0, 0].numel()
-    if area > _NUM_PRODUCTS:
-        return [slice(None)]
-    num_slices = -(-count // (_NUM_PRODUCTS // area))
-    if num_slices == 1:
-        return [slice(None)]
-    width = -(-count // num_slices)
-    return [slice(start, start + width) for start in range(0, count, width)]
 
 
 @final
@@ -211,57 +73,83 @@ class Int8GroupPredictor:
 
 
 @final
+@dataclass(slots=True)
+class _UnseenGroup:
+    """Devices none of which has samples: what they are asked shows the shape of an input."""
+
+    prepared: Int8Prepared
+    num_devices: int
+    model_bytes: int = 0
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """Return logits [n, C]."""
+        nothing = Rows(rows.x[:0], rows.device[:0])
+        group = self.prepared.calibrated_group([nothing], num_devices=self.num_devices)
+        self.model_bytes = group.model_bytes
+        return group(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantized:
+    """Parameters in the form of their network.
+
+    Attributes:
+        form: The form.
+        parts: What it makes of the parameters.
+        tensors: What is bound to the skeleton, with no ranges.
+        model_bytes: Codes, scales, 32-bit biases, what stays float, and scale and zero point of
+            each value that becomes codes.
+    """
+
+    form: Form
+    parts: Parts
+    tensors: Mapping[str, Tensor]
+    model_bytes: int
+
+    @classmethod
+    def of(cls, form: Form, parts: Parts, *, weight_bits: int) -> _Quantized:
+        tensors: dict[str, Tensor] = {}
+        num_bytes = sum(4 * value.numel() for value in parts.in_float.values())
+        for prefix, (weight, bias) in parts.weights.items():
+            codes, scale = quantize_weight(weight, largest=LARGEST_CODE[weight_bits])
+            own = torch.zeros_like(scale) if bias is None else bias
+            slot = form.skeleton.get_buffer(f"{prefix}codes")
+            tensors[f"{prefix}codes"] = codes.to(slot.dtype)  # once, not in each answer
+            tensors[f"{prefix}scale"], tensors[f"{prefix}bias"] = scale, own
+            tensors[f"{prefix}least_step"] = least_step(own, scale, weight[0].numel())
+            packed = -(-codes.numel() * _STORED_BITS.get(weight_bits, weight_bits) // 8)
+            num_bytes += packed + 4 * len(scale) + (0 if bias is None else 4 * len(bias))
+        for prefix in form.rounded:
+            tensors[f"{prefix}least_step"] = torch.zeros(())
+        # Torch leaves what it binds to a layer with two names there, and takes what is the same
+        # tensor for tied: so everything is always bound, and each place has tensors of its own.
+        for prefix in form.places:
+            num_bytes += 5
+            for leaf, value in unknown_range().items():
+                tensors[f"{prefix}{leaf}"] = value
+        return cls(form, parts, {**tensors, **parts.in_float}, num_bytes)
+
+
+@final
 class Int8Prepared(GroupPrepared, RangedPrepared):
     """Integer weights; activation ranges come from each device."""
 
     def __init__(
-        self,
-        model: FlatModel,
-        params: Tensor,
-        skeleton: nn.Module,
-        layers: Mapping[str, Layer],
-        *,
-        weight_bits: int,
+        self, runtime: Int8Runtime, model: FlatModel, params: Tensor, *, weight_bits: int
     ) -> None:
-        self._model, self._params = model, params.detach().clone()
-        self._skeleton, self._layers = skeleton, layers
-        found = model.layout.views(self._params)
-        views = {name: view for name, view in found.items() if not name.startswith(SHARED)}
-        stored = _stored_names(model.module)
-        tensors: dict[str, Tensor] = {}
-        num_bytes = 0
-        for name, layer in layers.items():
-            prefix = _prefix(name)
-            weight_name, bias_name = stored[f"{prefix}weight"], stored.get(f"{prefix}bias")
-            codes, scale = quantize_weight(views[weight_name], largest=LARGEST_CODE[weight_bits])
-            bias = None if bias_name is None else views[bias_name]
-            tensors[f"{prefix}codes"] = codes.to(_accumulator(layer))  # converted once
-            tensors[f"{prefix}scale"] = scale
-            tensors[f"{prefix}bias"] = torch.zeros_like(scale) if bias is None else bias
-            fan_in = layer.weight[0].numel()
-            tensors[f"{prefix}least_step"] = least_step(tensors[f"{prefix}bias"], scale, fan_in)
-            # Torch leaves what it binds to a layer with two names there, and takes what is the same
-            # tensor for tied: so everything is always bound, and each layer has tensors of its own.
-            for leaf, value in _unknown_range().items():
-                tensors[f"{prefix}{leaf}"] = value
-            # codes, scales, 32-bit biases, and scale and zero point of the activations
-            packed = -(-codes.numel() * _STORED_BITS.get(weight_bits, weight_bits) // 8)
-            num_bytes += packed + 4 * len(scale) + (0 if bias is None else 4 * len(bias)) + 5
-        # What a layer that stays float shares with a quantized one is kept for it.
-        in_float = {stored[name] for name in stored if name not in _quantized_names(model.module)}
-        kept = {n: view for n, view in views.items() if n in in_float or n not in stored.values()}
-        tensors.update(kept)
-        self._tensors = tensors
-        self._model_bytes = num_bytes + sum(4 * view.numel() for view in kept.values())
+        self._runtime, self._model = runtime, model
+        self._params, self._bits = params.detach().clone(), weight_bits
+        self._of: dict[tuple[int, ...], _Quantized] = {}
 
     def calibrated(self, calibration: Tensor) -> Int8Predictor:
-        """Observe the range of each layer's input (minimum and maximum) on own inputs."""
+        """Observe the range of each value that becomes codes on own inputs [n, ...]."""
         if not len(calibration):
-            return Int8Predictor(self._skeleton, self._tensors, self._model_bytes)
+            made = self._made(tuple(calibration.shape[1:]))
+            return Int8Predictor(made.form.skeleton, made.tensors, made.model_bytes)
         return self.within(self.observed(calibration))
 
     def observed(self, x: Tensor) -> Observed:
-        """Return the range of each layer's input (minimum and maximum) on inputs [n, ...]."""
+        """Return the minimum and maximum of each value that becomes codes, on inputs [n, ...]."""
         ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
         def observe(prefix: str, x: Tensor) -> None:
@@ -271,62 +159,53 @@ class Int8Prepared(GroupPrepared, RangedPrepared):
                 high = torch.maximum(high, ranges[prefix][1])
             ranges[prefix] = low, high
 
-        with self._observed(observe):
-            self._model(self._params, x)
-        return Observed(tuple(x.shape[1:]), ranges)
+        shape = tuple(x.shape[1:])
+        made = self._made(shape)
+        made.parts.observe(x, observe)
+        return Observed(shape, ranges)
 
     def within(self, observed: Observed) -> Int8Predictor:
         """Return the predictor with these ranges."""
-        tensors = dict(self._tensors)
+        made = self._made(observed.shape)
+        tensors = dict(made.tensors)
         for prefix, (low, high) in observed.ranges.items():
             tensors[f"{prefix}low"], tensors[f"{prefix}high"] = low, high
-        return Int8Predictor(self._skeleton, tensors, self._model_bytes)
+        return Int8Predictor(made.form.skeleton, tensors, made.model_bytes)
 
     def calibrated_group(
         self, calibration: Iterable[Rows], *, num_devices: int
-    ) -> Int8GroupPredictor:
+    ) -> Int8GroupPredictor | _UnseenGroup:
         """Observe the ranges of several devices in one pass; without rows a range is unknown."""
-        prefixes = [_prefix(name) for name in self._layers]
-        low = {p: torch.full((num_devices,), float("inf")) for p in prefixes}
-        high = {p: torch.full((num_devices,), float("-inf")) for p in prefixes}
-        device = torch.empty(0, dtype=torch.int64)
+        parts = iter(calibration)
+        first = next(parts, None)
+        if first is None:
+            return _UnseenGroup(self, num_devices)
+        made = self._made(tuple(first.x.shape[1:]))
+        places = made.form.places
+        low = {place: torch.full((num_devices,), float("inf")) for place in places}
+        high = {place: torch.full((num_devices,), float("-inf")) for place in places}
+        device = first.device
 
         def observe(prefix: str, x: Tensor) -> None:
             rows = x.flatten(1)  # amin and amax apart are faster than aminmax over a dimension
             low[prefix].scatter_reduce_(0, device, rows.amin(1), "amin")
             high[prefix].scatter_reduce_(0, device, rows.amax(1), "amax")
 
-        with self._observed(observe):
-            for rows in calibration:
+        for rows in chain([first], parts):
+            if len(rows.x):
                 device = rows.device
-                self._model(self._params, rows.x)
-        ranges = {f"{p}low": low[p] for p in prefixes} | {f"{p}high": high[p] for p in prefixes}
-        owners = tuple(f"{p}owner" for p in prefixes)
-        tensors = {**self._tensors, **ranges}
-        return Int8GroupPredictor(self._skeleton, tensors, owners, self._model_bytes)
+                made.parts.observe(rows.x, observe)
+        ranges = {f"{p}low": low[p] for p in places} | {f"{p}high": high[p] for p in places}
+        owners = tuple(f"{place}owner" for place in places)
+        tensors = {**made.tensors, **ranges}
+        return Int8GroupPredictor(made.form.skeleton, tensors, owners, made.model_bytes)
 
-    @contextmanager
-    def _observed(self, observe: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Show the input of each quantized layer to `observe(prefix, x)`."""
-
-        def hook_of(prefix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _layer, inputs: observe(prefix, inputs[0])
-
-        hooks = [
-            layer.register_forward_pre_hook(hook_of(_prefix(name)))
-            for name, layer in self._layers.items()
-        ]
-        self._model.module.eval()
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _prefix(name: str) -> str:
-    """Return what stands before the names of a module's own tensors."""
-    return f"{name}." if name else ""
+    def _made(self, shape: tuple[int, ...]) -> _Quantized:
+        if shape not in self._of:
+            form = self._runtime.form(self._model, shape)
+            parts = form.parts(self._model, self._params)
+            self._of[shape] = _Quantized.of(form, parts, weight_bits=self._bits)
+        return self._of[shape]
 
 
 @final
@@ -346,54 +225,16 @@ class Int8Runtime:
         if type(weight_bits) is not int or weight_bits not in LARGEST_CODE:
             raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 2 to 8")
         self.weight_bits = weight_bits
-        self._skeletons: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._forms: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Form]]
+        self._forms = WeakKeyDictionary()
 
     def prepare(self, model: FlatModel, params: Tensor) -> Int8Prepared:
-        """Quantize the weights of parameters [P]."""
-        layers = {
-            name: module
-            for name, module in model.module.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and _is_quantized(module)
-        }
-        skeleton = self._skeletons.get(model.module)
-        if skeleton is None:
-            skeleton = _skeleton(model.module)
-            self._skeletons[model.module] = skeleton
-        return Int8Prepared(model, params, skeleton, layers, weight_bits=self.weight_bits)
+        """Take parameters [P]; they are quantized once."""
+        return Int8Prepared(self, model, params, weight_bits=self.weight_bits)
 
-
-def _is_quantized(module: nn.Module) -> bool:
-    # A subclass may do something else with its weight: it stays float.
-    return type(module) in (nn.Linear, nn.Conv2d)
-
-
-def _stored_names(module: nn.Module) -> dict[str, str]:
-    """Return for each parameter its name in the layout: the first of those that share it."""
-    first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
-
-
-def _quantized_names(module: nn.Module) -> set[str]:
-    """Return the names of all parameters that quantized layers replace."""
-    return {
-        f"{name}.{leaf}".lstrip(".")
-        for name, layer in module.named_modules(remove_duplicate=False)
-        for leaf in ("weight", "bias")
-        if _is_quantized(layer)
-    }
-
-
-def _skeleton(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Linear | nn.Conv2d) and _is_quantized(module):
-        return _QuantizedLayer(module).eval()
-    skeleton = copy.deepcopy(module).eval()
-    made: dict[int, _QuantizedLayer] = {}
-    for name, layer in list(skeleton.named_modules(remove_duplicate=False)):
-        if isinstance(layer, nn.Linear | nn.Conv2d) and _is_quantized(layer):
-            owner, _, leaf = name.rpartition(".")
-            quantized = made.setdefault(id(layer), _QuantizedLayer(layer))
-            setattr(skeleton.get_submodule(owner), leaf, quantized)
-    return skeleton
+    def form(self, model: FlatModel, shape: tuple[int, ...]) -> Form:
+        """Return the quantized form of a network for inputs of a shape; made once."""
+        known = self._forms.setdefault(model.module, {})
+        if shape not in known:
+            known[shape] = form_of(model, shape)
+        return known[shape]

@@ -13,7 +13,8 @@ they have no parameters, and sums of two values, so residual networks. Each laye
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -148,12 +149,34 @@ class Network:
 
     def evaluate(self, folded: Folded, x: Tensor) -> dict[str, Tensor]:
         """Return every value of the float network for inputs [B, ...], by name."""
+        return dict(self.values(folded, x))
+
+    def values(self, folded: Folded, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield every value of the float network for inputs [B, ...], with its name."""
+
+        def compute(step: Operator, taken: list[Tensor]) -> Tensor:
+            return step.compute(*taken, *(folded[step.name] if step.layer is not None else ()))
+
+        return self.walk(x, compute)
+
+    def walk(
+        self, x: Tensor, compute: Callable[[Operator, list[Tensor]], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield every value with its name, in order; one that nothing takes any more is let go.
+
+        Args:
+            x: The network's input.
+            compute: Makes an operator's output of its inputs.
+        """
+        uses = Counter(name for step in self.operators for name in step.inputs)
         values = {self.input: x}
+        yield self.input, x
         for step in self.operators:
-            taken = [values[name] for name in step.inputs]
-            own = folded[step.name] if step.layer is not None else ()
-            values[step.output] = step.compute(*taken, *own)
-        return values
+            made = values[step.output] = compute(step, [values[name] for name in step.inputs])
+            uses.subtract(step.inputs)
+            for name in {name for name in step.inputs if not uses[name]}:
+                del values[name]
+            yield step.output, made
 
     def consumers(self) -> dict[str, list[Operator]]:
         """Return who takes each value."""

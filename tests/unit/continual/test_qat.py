@@ -104,10 +104,8 @@ def test_bits_that_no_int8_holds_are_refused(bits: int) -> None:
 def test_a_layer_sees_what_the_int8_runtime_computes(layer: Any) -> None:
     """On the inputs that it was calibrated on, but for the rounding of biases."""
     torch.manual_seed(1)
-    made_of = nn.Conv2d(1, 3, 3, padding=1) if layer is nn.Conv2d else nn.Linear(16, 5)
-    model = FlatModel(nn.Sequential(nn.Flatten(2 if layer is nn.Conv2d else 1), made_of))
-    if layer is nn.Conv2d:
-        model = FlatModel(nn.Sequential(made_of))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    model = FlatModel(nn.Conv2d(1, 3, 3, padding=1) if layer is nn.Conv2d else linear)
     params, x = model.initial(), inputs()
     seen = QAT().view(model)(params, x)
     served = Int8Runtime().prepare(model, params).calibrated(x)(x)

@@ -333,7 +333,7 @@ def test_padding_by_name() -> None:
     close(made(lambda: nn.Conv2d(2, 3, 3, padding="same")), randn(10, 2, 6, 6), atol=0.05)
 
 
-def test_batch_norm_stays_float_and_uses_its_own_statistics() -> None:
+def test_batch_norm_is_folded_into_the_layer_before_it() -> None:
     model = made(
         lambda: nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
@@ -346,9 +346,50 @@ def test_batch_norm_stays_float_and_uses_its_own_statistics() -> None:
     views["1.weight"].copy_(randn(4, seed=2))
     x = randn(20, 1, 6, 6)
     close(model, x, 0.1, params)
-    predictor = serve(model, x, params)
-    assert torch.equal(predictor.tensors["1.running_mean"], views["1.running_mean"])
-    assert isinstance(predictor.skeleton[1], nn.BatchNorm2d)  # type: ignore[index]
+    served = serve(model, x, params)
+    factor = views["1.weight"] / (views["1.running_var"] + 1e-5).sqrt()
+    codes, scale = quantize_weight(views["0.weight"] * factor.view(-1, 1, 1, 1))
+    assert torch.equal(served.tensors["0.codes"], codes.float())
+    torch.testing.assert_close(served.tensors["0.scale"], scale)
+    bias = (views["0.bias"] - views["1.running_mean"]) * factor + views["1.bias"]
+    torch.testing.assert_close(served.tensors["0.bias"], bias)
+    assert not any(name.startswith("1") for name in served.tensors)
+
+
+def test_batch_norm_that_can_not_be_folded_stays_float() -> None:
+    model = made(
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    )
+    params = model.initial()
+    views = model.layout.views(params)
+    views["2.running_mean"].copy_(randn(4))
+    x = randn(20, 6)
+    close(model, x, 0.1, params)
+    served = serve(model, x, params)
+    assert torch.equal(served.tensors["2.running_mean"], views["2.running_mean"])
+    assert isinstance(served.skeleton[2], nn.BatchNorm1d)  # type: ignore[index]
+
+
+class Halved(nn.Module):
+    """Twice x, once through a layer that changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.last = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.same(x) + x).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_what_enters_a_sum_is_codes() -> None:
+    model = made(Halved)
+    params = torch.ones(5)  # the sum of 2 x
+    calibration = torch.tensor([0.0, 255.0, 0.0, 0.0]).view(1, 1, 2, 2)  # steps of 1, then of 2
+    x = torch.tensor([0.4, 1.4, 7.0, 100.2]).view(1, 1, 2, 2)
+    found = serve(model, calibration, params)(x)
+    assert found.tolist() == [[2.0 * (0 + 1 + 7 + 100)]]
+    exact = model(params, x)
+    assert float(exact) == pytest.approx(2 * 109)
 
 
 def test_parameters_are_those_given_and_are_copied() -> None:
@@ -416,21 +457,26 @@ def test_a_subclass_that_may_do_anything_stays_float() -> None:
         (lambda: nn.Conv2d(4, 6, 3, groups=2), 6 * 2 * 9 + 4 * 6 + 4 * 6 + 5),
         (
             lambda: nn.Sequential(nn.Linear(10, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),
-            (30 + 24 + 5) + 4 * (3 + 3 + 3 + 3) + (6 + 16 + 5),
+            (30 + 24 + 5) + (6 + 16 + 5),  # folded
         ),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU()), 16 + 32 + 5 + 4),
+        (
+            lambda: nn.Sequential(nn.Linear(10, 3), nn.PReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2)),
+            (30 + 24 + 5) + 4 + 4 * (3 + 3 + 3 + 3) + (6 + 16 + 5),
+        ),
+        (lambda: nn.Sequential(nn.Linear(10, 4), nn.PReLU()), 40 + 32 + 5 + 4),
     ],
 )
 def test_model_bytes_counted_by_hand(factory: Any, num_bytes: int) -> None:
     model = made(factory)
-    assert serve(model, randn(0)).model_bytes == num_bytes
+    shape = (4, 5, 5) if isinstance(model.module, nn.Conv2d) else (10,)
+    assert serve(model, torch.empty(0, *shape)).model_bytes == num_bytes
 
 
 def test_a_served_model_takes_about_a_quarter() -> None:
     model = made(lambda: mlp(input_shape=(1, 28, 28), num_classes=10, hidden=(128,)))
     exact = FloatRuntime().prepare(model, model.initial()).model_bytes
     assert exact == 4 * model.layout.size
-    assert 0.25 < serve(model, torch.empty(0)).model_bytes / exact < 0.265
+    assert 0.25 < serve(model, torch.empty(0, 1, 28, 28)).model_bytes / exact < 0.265
 
 
 # -- accuracy --------------------------------------------------------------------------------------

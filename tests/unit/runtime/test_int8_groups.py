@@ -33,11 +33,26 @@ class Tokens(nn.Module):
         return self.last(self.again(3 * hidden).mean(1))  # type: ignore[no-any-return]
 
 
+class Residual(nn.Module):
+    """Batch norm, a sum, an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU6())
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        return self.last(first + self.second(first))  # type: ignore[no-any-return]
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "one layer": (lambda: nn.Linear(6, 4), (6,)),
     "mlp": (lambda: mlp(input_shape=(1, 5, 5), num_classes=4, hidden=(9, 8)), (1, 5, 5)),
     "wide mlp": (lambda: mlp(input_shape=(1200,), num_classes=4), (1200,)),
     "cnn": (lambda: cnn(input_shape=(2, 8, 8), num_classes=4), (2, 8, 8)),
+    "batch norm, a sum, an average": (Residual, (2, 6, 6)),
     "tokens, tied": (Tokens, (3, 6)),
     "batch norm, borders, groups": (
         lambda: nn.Sequential(

@@ -127,7 +127,7 @@ def test_the_int8_graph_comes_close_to_the_network(name: str) -> None:
     assert float((found - expected).abs().max()) < 0.03 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "a layer alone"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_it_answers_as_the_int8_runtime_does(name: str) -> None:
     """The same integers, but for a rounding of a code at a tie."""
     factory, shape = NETWORKS[name]
@@ -316,7 +316,7 @@ def test_trained_on_digits_it_gives_the_answers_of_the_int8_runtime(
 
 
 class Inverted(nn.Module):
-    """A block of MobileNetV2: what goes into its sum is 8-bit codes in one runtime only."""
+    """A block of MobileNetV2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,9 +335,10 @@ def mobile() -> nn.Module:
     return nn.Sequential(*first, nn.MaxPool2d(2), Inverted(), Inverted(), *last)
 
 
-def test_a_residual_network_trained_on_digits_gives_nearly_all_of_the_int8_runtime_s_answers(
+def test_a_residual_network_trained_on_digits_gives_the_int8_runtime_s_answers(
     world: World,
 ) -> None:
+    """Norms are folded, sums and averages are of codes, in both."""
     train, test = (w.batch(torch.arange(len(w.y))) for w in (world.train, world.test))
     model = made(mobile)
     model.module.train()
@@ -356,10 +357,8 @@ def test_a_residual_network_trained_on_digits_gives_nearly_all_of_the_int8_runti
         expected = reference(test.x).argmax(1)
     runtime = OnnxRuntime(weight_bits=7)
     found = serve(model, params, train.x[:64], runtime)(test.x).argmax(1)
-    accuracies = [float((y == test.y).double().mean()) for y in (found, expected)]
-    assert accuracies[1] > 0.9
-    assert float((found == expected).double().mean()) >= 0.995
-    assert abs(accuracies[0] - accuracies[1]) <= 0.003
+    assert float((expected == test.y).double().mean()) > 0.9
+    assert int((found != expected).sum()) <= 1  # a tie
 
 
 def test_a_run_is_served_by_it(raw: dict[str, Any]) -> None:
