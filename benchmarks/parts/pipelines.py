@@ -167,12 +167,20 @@ def section(result: dict[str, Any]) -> str:
             (
                 f"From the trained float network to the end: "
                 f"{statistics.mean(run['fewer_bytes'] for run in found):.1f} x fewer bytes, "
-                f"{statistics.mean(lost):.2f}{spread} points lost; an answer takes "
-                f"{statistics.median(run['quicker'] for run in found):.1f} x less time than the "
-                f"trained network in eager torch ({eager:.2f} ms)."
+                f"{_lost(statistics.mean(lost))}{spread}; an answer takes "
+                f"{_time(statistics.median(run['quicker'] for run in found))} than the trained "
+                f"network in eager torch ({eager:.2f} ms)."
             ),
         ]
     return "\n".join(lines)
+
+
+def _lost(points: float) -> str:
+    return f"{abs(points):.2f} points {'lost' if points >= 0 else 'gained'}"
+
+
+def _time(quicker: float) -> str:
+    return f"{quicker:.1f} x less time" if quicker >= 1 else f"{1 / quicker:.1f} x more time"
 
 
 def _begin(pipeline: Mapping[str, Any]) -> str:
