@@ -37,7 +37,7 @@ from edgelearn.compress.quantize import (
     quantize_weight,
 )
 from edgelearn.params import SHARED, FlatModel
-from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
+from edgelearn.runtime.protocol import Observed, RangedGroupPrepared, Rows
 
 Layer = nn.Linear | nn.Conv2d
 _STORED_BITS = {7: 8}  # of a code; others take as many as they have
@@ -211,7 +211,7 @@ class Int8GroupPredictor:
 
 
 @final
-class Int8Prepared(GroupPrepared, RangedPrepared):
+class Int8Prepared(RangedGroupPrepared):
     """Integer weights; activation ranges come from each device."""
 
     def __init__(
@@ -286,10 +286,14 @@ class Int8Prepared(GroupPrepared, RangedPrepared):
         self, calibration: Iterable[Rows], *, num_devices: int
     ) -> Int8GroupPredictor:
         """Observe the ranges of several devices in one pass; without rows a range is unknown."""
+        return self.within_group(self.observed_group(calibration, num_devices=num_devices))
+
+    def observed_group(self, calibration: Iterable[Rows], *, num_devices: int) -> Observed:
+        """Return the range of each layer's input, for each device [D]."""
         prefixes = [_prefix(name) for name in self._layers]
         low = {p: torch.full((num_devices,), float("inf")) for p in prefixes}
         high = {p: torch.full((num_devices,), float("-inf")) for p in prefixes}
-        device = torch.empty(0, dtype=torch.int64)
+        device, shape = torch.empty(0, dtype=torch.int64), torch.Size()
 
         def observe(prefix: str, x: Tensor) -> None:
             rows = x.flatten(1)  # amin and amax apart are faster than aminmax over a dimension
@@ -298,11 +302,16 @@ class Int8Prepared(GroupPrepared, RangedPrepared):
 
         with self._observed(observe):
             for rows in calibration:
-                device = rows.device
+                device, shape = rows.device, rows.x.shape[1:]
                 self._model(self._params, rows.x)
-        ranges = {f"{p}low": low[p] for p in prefixes} | {f"{p}high": high[p] for p in prefixes}
-        owners = tuple(f"{p}owner" for p in prefixes)
-        tensors = {**self._tensors, **ranges}
+        return Observed(tuple(shape), {p: (low[p], high[p]) for p in prefixes})
+
+    def within_group(self, observed: Observed) -> Int8GroupPredictor:
+        """Return the predictor of a group with these ranges."""
+        tensors = dict(self._tensors)
+        for prefix, (low, high) in observed.ranges.items():
+            tensors[f"{prefix}low"], tensors[f"{prefix}high"] = low, high
+        owners = tuple(f"{prefix}owner" for prefix in observed.ranges)
         return Int8GroupPredictor(self._skeleton, tensors, owners, self._model_bytes)
 
     @contextmanager
