@@ -10,8 +10,8 @@ from typing import Any
 from edgelearn.compress.codec import make_codec
 from edgelearn.continual.strategy import make_strategy
 from edgelearn.device.drift import make_detector
-from edgelearn.device.learners import runtime_of
 from edgelearn.device.profile import assign
+from edgelearn.device.runtimes import runtime_of
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.federated.record import RunRecord
 from edgelearn.federated.server import make_server_strategy

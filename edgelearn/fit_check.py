@@ -15,8 +15,8 @@ from rich.table import Table
 
 from edgelearn.device.footprint import COMPONENTS, Needs, needs
 from edgelearn.device.learner import make_learner
-from edgelearn.device.learners import runtime_of
 from edgelearn.device.profile import Profile, folder, load_profile
+from edgelearn.device.runtimes import runtime_of
 from edgelearn.device.training import decoded_at_once
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.report.formats import size

@@ -6,15 +6,23 @@ pass: rows of all devices in the same batches, each row with its own device's ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from edgelearn.params import FlatModel
 from edgelearn.runtime import rows
-from edgelearn.runtime.protocol import GroupPrepared, Prepared, Rows
+from edgelearn.runtime.protocol import (
+    GroupPredictor,
+    GroupPrepared,
+    Observed,
+    Prepared,
+    RangedGroupPrepared,
+    Rows,
+)
+from edgelearn.runtime.ranges import Kept, Probe, calibrated, of_group
 from edgelearn.scenario.samples import Batch, Samples, SampleStore
 
 
@@ -27,12 +35,15 @@ class Counts:
         served: Correct answers of the served model.
         float_: Correct answers of the float model.
         model_bytes: Bytes of the served model.
+        kept: The device's activation ranges, if it keeps them and has observed them anew: its own,
+            never sent.
     """
 
     count: tuple[int, ...]
     served: tuple[int, ...]
     float_: tuple[int, ...]
     model_bytes: int
+    kept: Kept | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +54,13 @@ class Trial:
         calibration: Its own training samples, for the ranges; there may be none.
         tests: Its own test samples, by experience id [T]; any of them may be empty.
         params: Parameters [P] that it answers with, if not the global ones.
+        kept: Its activation ranges, if it keeps them; all devices of a group do, or none does.
     """
 
     calibration: Samples
     tests: Sequence[Samples]
     params: Tensor | None = None
+    kept: Kept | None = None
 
 
 def evaluate(
@@ -56,6 +69,8 @@ def evaluate(
     prepared: Prepared,
     calibration: Tensor,
     tests: Sequence[Samples],
+    *,
+    kept: Kept | None = None,
 ) -> Counts:
     """Evaluate on a device's own test samples of every experience.
 
@@ -65,14 +80,15 @@ def evaluate(
         prepared: The same parameters, made ready by the device's runtime.
         calibration: The device's own training inputs [n, ...].
         tests: Its test samples, by experience id.
+        kept: Its activation ranges, if it keeps them.
     """
     model.module.eval()
     sizes = [len(samples) for samples in tests]
     with torch.no_grad():  # as a decorator it would stand first in a runtime's tracebacks
-        predictor = prepared.calibrated(calibration)
+        predictor, new = calibrated(prepared, calibration, kept)
         if sum(sizes) == 0:
             none = (0,) * len(tests)
-            return Counts(none, none, none, predictor.model_bytes)
+            return Counts(none, none, none, predictor.model_bytes, new)
         batch = tests[0].store.batch(torch.cat([samples.ids for samples in tests]))
         served = torch.split(_correct(predictor(batch.x), batch), sizes)
         exact = served
@@ -83,6 +99,7 @@ def evaluate(
         tuple(int(hits.sum()) for hits in served),
         tuple(int(hits.sum()) for hits in exact),
         predictor.model_bytes,
+        new,
     )
 
 
@@ -95,8 +112,8 @@ def evaluate_group(
     float (ranges from calibration, float logits) can differ in the last bit from a device alone,
     as it can for any two sizes of a batch; so what a group consists of must not depend on chance.
 
-    A runtime without `GroupPrepared` and a network that mixes rows (`edgelearn.runtime.rows`) are
-    evaluated one device after another.
+    A runtime without `GroupPrepared`, or `RangedGroupPrepared` where devices keep ranges, and a
+    network that mixes rows (`edgelearn.runtime.rows`) are evaluated one device after another.
 
     Args:
         model: The network.
@@ -109,11 +126,13 @@ def evaluate_group(
         One device's counts for each trial.
     """
     model.module.eval()
-    if isinstance(prepared, GroupPrepared) and (num_rows := _shared_batch(model, trials)):
+    keep = any(trial.kept is not None for trial in trials)
+    kind = RangedGroupPrepared if keep else GroupPrepared
+    if isinstance(prepared, kind) and (num_rows := _shared_batch(model, trials)):
         with torch.no_grad():
             return _in_one_pass(model, params, prepared, trials, num_rows)
     return [
-        evaluate(model, params, prepared, trial.calibration.batch().x, trial.tests)
+        evaluate(model, params, prepared, trial.calibration.batch().x, trial.tests, kept=trial.kept)
         for trial in trials
     ]
 
@@ -126,11 +145,7 @@ def _in_one_pass(
     num_rows: int,
 ) -> list[Counts]:
     """Evaluate trials whose rows may share batches of `num_rows`."""
-    calibration = [(device, trial.calibration) for device, trial in enumerate(trials)]
-    predictor = prepared.calibrated_group(
-        (Rows(batch.x, device) for batch, device in _batches(calibration, num_rows)),
-        num_devices=len(trials),
-    )
+    predictor, kept = _group_predictor(prepared, trials, num_rows)
     num_experiences = len(trials[0].tests)
     cells = len(trials) * num_experiences
     served = exact = torch.zeros(cells, dtype=torch.int64)
@@ -152,14 +167,49 @@ def _in_one_pass(
             tuple(right_served),
             tuple(right_exact),
             predictor.model_bytes,
+            new,
         )
-        for trial, right_served, right_exact in zip(
+        for trial, new, right_served, right_exact in zip(
             trials,
+            kept,
             served.view(len(trials), num_experiences).tolist(),
             exact.view(len(trials), num_experiences).tolist(),
             strict=True,
         )
     ]
+
+
+def _group_predictor(
+    prepared: GroupPrepared, trials: Sequence[Trial], num_rows: int
+) -> tuple[GroupPredictor, list[Kept | None]]:
+    """Return the predictor of a group, and the ranges of those who observed theirs anew.
+
+    Where ranges are kept, all devices' probes pass at once, then all samples of those whose ranges
+    do not hold.
+    """
+    samples = {device: trial.calibration for device, trial in enumerate(trials)}
+    kept = [trial.kept for trial in trials if trial.kept is not None]
+    if not isinstance(prepared, RangedGroupPrepared) or not kept or not any(samples.values()):
+        rows = _rows(samples, num_rows)
+        return prepared.calibrated_group(rows, num_devices=len(trials)), [None] * len(trials)
+    ranged = prepared
+
+    def observe(theirs: Mapping[int, Samples]) -> Observed:
+        return ranged.observed_group(_rows(theirs, num_rows), num_devices=len(trials))
+
+    now = observe({k: _probe(kept[k].probe, own) for k, own in samples.items()})
+    ranges, new = of_group(kept, now, lambda some: observe({k: samples[k] for k in some}))
+    return ranged.within_group(ranges), new
+
+
+def _probe(probe: Probe, samples: Samples) -> Samples:
+    return Samples(samples.store, samples.ids[probe.among(len(samples))])
+
+
+def _rows(samples: Mapping[int, Samples], num_rows: int) -> Iterator[Rows]:
+    """Yield batches over samples by device."""
+    labelled = list(samples.items())
+    return (Rows(batch.x, device) for batch, device in _batches(labelled, num_rows))
 
 
 def _shared_batch(model: FlatModel, trials: Sequence[Trial]) -> int | None:

@@ -22,7 +22,7 @@ from edgelearn.continual.memory import (
     passing,
 )
 from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
-from edgelearn.device import frugal
+from edgelearn.device import frugal, runtimes
 from edgelearn.device.drift import Detector, make_detector
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
@@ -111,6 +111,7 @@ class Learner:
         seed: The run's seed.
         detector: Finds the boundaries of experiences; None if devices are told of them.
         codec: Makes updates smaller; None if they are sent as they are.
+        num_ranges: Activation ranges that a device keeps for the model that it serves.
         layout: Layout of what travels.
     """
 
@@ -121,6 +122,7 @@ class Learner:
     seed: int
     detector: Detector | None = None
     codec: Codec | None = None
+    num_ranges: int = 0
     declaration: Declaration = field(init=False)
     layout: Layout = field(init=False)
 
@@ -160,6 +162,7 @@ class Learner:
             declaration[RESIDUAL] = TensorSpec((self.layout.size,))
         if self.strategy.keeps_network:
             declaration[OWN] = TensorSpec((self.model.layout.num_network,))
+        declaration |= runtimes.declaration(self.num_ranges)
         object.__setattr__(self, "declaration", declaration)
 
     @property
@@ -558,7 +561,8 @@ def make_learner(world: World, *, variant: str = BASE, width: float = 1.0) -> Le
         ScenarioError: If the parts do not fit together.
     """
     model = world.model(variant) if width == 1 else _narrowed(world, variant, width)
-    learner = _learner(world, model)
+    count = runtimes.num_ranges(world, model, (variant, width))
+    learner = _learner(world, model, num_ranges=count)
     if width != 1 and learner.model.layout.num_shared_tensors:
         message = (
             f"{world.scenario.client.strategy!r} shares tensors beside the network, which devices "
@@ -576,7 +580,7 @@ def _narrowed(world: World, variant: str, width: float) -> FlatModel:
         raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)]) from error
 
 
-def _learner(world: World, model: FlatModel) -> Learner:
+def _learner(world: World, model: FlatModel, *, num_ranges: int) -> Learner:
     spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
     detector = None
     if stream.boundaries == "detected":
@@ -603,4 +607,5 @@ def _learner(world: World, model: FlatModel) -> Learner:
         seed=world.scenario.seed,
         detector=detector,
         codec=make_codec(world.scenario.wire.codec, world.scenario.wire.args),
+        num_ranges=num_ranges,
     )

@@ -7,33 +7,11 @@ from typing import final
 from edgelearn.compress.submodel import Holdings, Part
 from edgelearn.device.fleet_store import RecordLayout
 from edgelearn.device.learner import Learner, make_learner
+from edgelearn.device.runtimes import runtime_of
 from edgelearn.errors import Fault, ScenarioError
-from edgelearn.runtime.protocol import Runtime, make_runtime
+from edgelearn.runtime.protocol import Runtime
 from edgelearn.scenario.kinds import BASE, Kind, Kinds
-from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World
-
-
-def runtime_of(scenario: Scenario, kind: Kind) -> Runtime:
-    """Build the runtime that devices of a kind serve with.
-
-    Raises:
-        PluginError: If its name leads nowhere.
-        ScenarioError: If it does not take the arguments; it says in which table they stand.
-    """
-    name = scenario.runtime.name
-    try:
-        return make_runtime(name, kind.runtime_args)
-    except ScenarioError as error:
-        if kind.runtime_args == scenario.runtime.args:
-            raise
-        make_runtime(name, scenario.runtime.args)  # tells of what is wrong in these already
-        table, kinds = "fleet.runtime_args", kind.name
-        faults = [
-            Fault(table, kinds, f.message if f.table == "runtime" else f"{f.key}: {f.message}")
-            for f in error.faults
-        ]
-        raise ScenarioError(scenario.name, faults) from error
 
 
 @final

@@ -19,6 +19,7 @@ from edgelearn.continual.memory import SampleSpec
 from edgelearn.continual.strategy import Update
 from edgelearn.device.evaluate import Counts, evaluate
 from edgelearn.device.learner import Learner
+from edgelearn.device.runtimes import kept_in, places_of, remembered
 from edgelearn.device.store import Answer, DeviceStore, Stored
 from edgelearn.errors import StateError
 from edgelearn.runtime.protocol import Runtime
@@ -137,11 +138,14 @@ class ResidentDevice:
             state = self._learner.consolidate(stored.state, params, data, upto=position + 1)
         return count, self._forget(replace(stored, state=state), data)
 
-    def evaluate(self, params: Tensor, *, position: int) -> Counts:
+    def evaluate(self, params: Tensor, *, position: int) -> tuple[Counts, Stored | None]:
         """Measure the served and the float model on the device's own test samples.
 
         The served model is calibrated on what the sensor shows at the position, and on what the
-        device keeps; nothing of it is stored.
+        device keeps; no sample of it is stored.
+
+        Returns:
+            The counts, and the new state where it has observed activation ranges to keep.
         """
         stored, model = self._load(), self._learner.model
         with _one_thread():
@@ -160,7 +164,13 @@ class ResidentDevice:
             ]
             with torch.no_grad():
                 prepared = self._runtime.prepare(model, own)
-                return evaluate(model, own, prepared, calibration, tests)
+                kept = kept_in(stored.state.memory, places_of(self._world, self._runtime, model))
+            counts = evaluate(model, own, prepared, calibration, tests, kept=kept)
+        if counts.kept is None:
+            return counts, None
+        before = self._load()  # without the samples that were shown for this
+        memory = remembered(before.state.memory, counts.kept)
+        return counts, replace(before, state=replace(before.state, memory=memory))
 
     def commit(self, stored: Stored) -> None:
         """Make a new state durable."""

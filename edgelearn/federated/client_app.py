@@ -164,22 +164,25 @@ def _consolidate(message: Message, context: Context) -> Message:
 
 
 def _evaluate(message: Message, context: Context) -> Message:
-    """Count the correct answers of the served and of the float model; nothing is stored."""
+    """Count the correct answers of the served and of the float model; keep activation ranges."""
     from edgelearn.federated import egress
     from edgelearn.federated import messages as wire
 
     task = _Task(message, context)
     with task.device() as device:
-        counts = device.evaluate(task.params, position=task.position)
-    metrics = {
-        "num-examples": sum(counts.count),
-        "model-bytes": counts.model_bytes,
-        "count": list(counts.count),
-        "served": list(counts.served),
-        "float": list(counts.float_),
-    }
-    egress.evaluate_schema(len(counts.count)).admit({}, metrics)
-    return Message(wire.reply_content(metrics), reply_to=message)
+        counts, stored = device.evaluate(task.params, position=task.position)
+        metrics = {
+            "num-examples": sum(counts.count),
+            "model-bytes": counts.model_bytes,
+            "count": list(counts.count),
+            "served": list(counts.served),
+            "float": list(counts.float_),
+        }
+        egress.evaluate_schema(len(counts.count)).admit({}, metrics)
+        reply = Message(wire.reply_content(metrics), reply_to=message)
+        if stored is not None:
+            device.commit(stored)
+    return reply
 
 
 class _Task:

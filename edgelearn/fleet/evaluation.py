@@ -48,6 +48,7 @@ def evaluate_jobs(
     trial_of: Callable[[Job], Trial],
     measure: Callable[[Sequence[Trial]], list[Counts]],
     schema: Schema,
+    keep: Callable[[Job, Counts], int | None] | None = None,
 ) -> list[Done]:
     """Do the jobs of a group.
 
@@ -59,6 +60,7 @@ def evaluate_jobs(
         trial_of: Reads what a device is evaluated with.
         measure: Evaluates several devices at once.
         schema: What a device may say of it.
+        keep: Writes what a device keeps of it, if anything; returns the record's checksum.
     """
     trials: dict[int, Trial] = {}
     done: dict[int, Done] = {}
@@ -79,7 +81,8 @@ def evaluate_jobs(
                 found = counts.get(job.row) or measure([trials[job.row]])[0]
                 metrics = _metrics(found)
                 schema.admit({}, metrics)
-                done[job.row] = Done(job.row, metrics)
+                checksum = None if keep is None else keep(job, found)
+                done[job.row] = Done(job.row, metrics, checksum=checksum)
             except Exception as error:
                 done[job.row] = failure(job, error)
     return [done[job.row] for job in jobs]

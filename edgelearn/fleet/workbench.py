@@ -15,6 +15,7 @@ from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
 from edgelearn.device.learner import DeviceState
 from edgelearn.device.learners import FleetLearners
+from edgelearn.device.runtimes import kept_in, places_of, remembered
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
@@ -94,6 +95,7 @@ class Workbench:
         count = world.scenario.fleet.num_devices
         self._file = RecordFile(store_path, learners.record(kind), count)
         self._prepared: tuple[int, Prepared] | None = None
+        self._places = places_of(world, self._runtime, learner.model)
         layout, codec, detects = learner.layout, learner.codec, learner.detector is not None
         self._sent = egress.sent_schema(codec, layout, detects=detects)
         self._schemas = {
@@ -126,8 +128,14 @@ class Workbench:
         def trial_of(job: Job) -> Trial:
             return self._trial(job, params)
 
+        def keep(job: Job, counts: Counts) -> int | None:
+            if counts.kept is None:
+                return None
+            memory = remembered(self._state(job).memory, counts.kept)
+            return self._file.write(job.device, job.write_slot, memory)
+
         schema = self._schemas[Phase.EVALUATE]
-        return evaluate_jobs(jobs, trial_of=trial_of, measure=measure, schema=schema)
+        return evaluate_jobs(jobs, trial_of=trial_of, measure=measure, schema=schema, keep=keep)
 
     def _alone(self, trial: Trial, params: Tensor) -> Counts:
         """Evaluate a device that answers with parameters of its own."""
@@ -136,7 +144,8 @@ class Workbench:
         model.module.eval()
         with torch.no_grad():
             prepared = self._runtime.prepare(model, own)
-        return evaluate(model, own, prepared, trial.calibration.batch().x, trial.tests)
+        calibration = trial.calibration.batch().x
+        return evaluate(model, own, prepared, calibration, trial.tests, kept=trial.kept)
 
     def _perform(self, job: Job, params: Tensor, update: Tensor) -> Done:
         data, learner = SimulatedData(self._world, job.device), self._learner
@@ -202,6 +211,7 @@ class Workbench:
                 for experience_id in range(self._world.stream.num_experiences)
             ],
             own,
+            kept_in(state.memory, self._places),
         )
 
     def _prepare(self, serial: int, params: Tensor) -> Prepared:

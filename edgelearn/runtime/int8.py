@@ -34,7 +34,7 @@ from edgelearn.compress.quantize import LARGEST_CODE, least_step, quantize_weigh
 from edgelearn.params import FlatModel
 from edgelearn.runtime.int8_forms import Form, Parts, form_of
 from edgelearn.runtime.int8_layers import unknown_range
-from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
+from edgelearn.runtime.protocol import Observed, RangedGroupPrepared, Rows
 
 _STORED_BITS = {7: 8}  # of a code; others take as many as they have
 
@@ -131,7 +131,7 @@ class _Quantized:
 
 
 @final
-class Int8Prepared(GroupPrepared, RangedPrepared):
+class Int8Prepared(RangedGroupPrepared):
     """Integer weights; activation ranges come from each device."""
 
     def __init__(
@@ -180,11 +180,17 @@ class Int8Prepared(GroupPrepared, RangedPrepared):
         first = next(parts, None)
         if first is None:
             return _UnseenGroup(self, num_devices)
-        made = self._made(tuple(first.x.shape[1:]))
-        places = made.form.places
-        low = {place: torch.full((num_devices,), float("inf")) for place in places}
-        high = {place: torch.full((num_devices,), float("-inf")) for place in places}
-        device = first.device
+        observed = self.observed_group(chain([first], parts), num_devices=num_devices)
+        return self.within_group(observed)
+
+    def observed_group(self, calibration: Iterable[Rows], *, num_devices: int) -> Observed:
+        """Return the range of each value that becomes codes, for each device [D]."""
+        parts = iter(calibration)
+        first = next(parts)
+        shape, device = tuple(first.x.shape[1:]), first.device
+        made = self._made(shape)
+        low = {p: torch.full((num_devices,), float("inf")) for p in made.form.places}
+        high = {p: torch.full((num_devices,), float("-inf")) for p in made.form.places}
 
         def observe(prefix: str, x: Tensor) -> None:
             rows = x.flatten(1)  # amin and amax apart are faster than aminmax over a dimension
@@ -195,9 +201,15 @@ class Int8Prepared(GroupPrepared, RangedPrepared):
             if len(rows.x):
                 device = rows.device
                 made.parts.observe(rows.x, observe)
-        ranges = {f"{p}low": low[p] for p in places} | {f"{p}high": high[p] for p in places}
-        owners = tuple(f"{place}owner" for place in places)
-        tensors = {**made.tensors, **ranges}
+        return Observed(shape, {p: (low[p], high[p]) for p in made.form.places})
+
+    def within_group(self, observed: Observed) -> Int8GroupPredictor:
+        """Return the predictor of a group with these ranges."""
+        made = self._made(observed.shape)
+        tensors = dict(made.tensors)
+        for prefix, (low, high) in observed.ranges.items():
+            tensors[f"{prefix}low"], tensors[f"{prefix}high"] = low, high
+        owners = tuple(f"{prefix}owner" for prefix in observed.ranges)
         return Int8GroupPredictor(made.form.skeleton, tensors, owners, made.model_bytes)
 
     def _made(self, shape: tuple[int, ...]) -> _Quantized:

@@ -69,21 +69,27 @@ class SharedModel:
 
 def ranges_of_group(
     template: Template, folded: Folded, calibration: Iterable[Rows], *, num_devices: int
-) -> list[dict[str, tuple[Tensor, Tensor]] | None]:
-    """Return the range of each point for each device; None for one without rows."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the range of each point for each device [D]; of one without rows (inf, -inf)."""
     low = {p.name: torch.full((num_devices,), float("inf")) for p in template.points}
     high = {p.name: torch.full((num_devices,), float("-inf")) for p in template.points}
-    has_rows = torch.zeros(num_devices, dtype=torch.bool)
     for rows in calibration:
-        has_rows[rows.device] = True
         values = template.network.evaluate(folded, rows.x)
         for point in template.points:
             flat = values[point.carried[-1]].flatten(1)
             low[point.name].scatter_reduce_(0, rows.device, flat.amin(1), "amin")
             high[point.name].scatter_reduce_(0, rows.device, flat.amax(1), "amax")
+    return {name: (low[name], high[name]) for name in low}
+
+
+def ranges_of_each(
+    ranges: Ranges, *, num_devices: int
+) -> list[dict[str, tuple[Tensor, Tensor]] | None]:
+    """Return the ranges of each device, from those of all [D]; None for one without rows."""
+    unknown = torch.stack([high < low for low, high in ranges.values()]).any(0).tolist()
     return [
-        {name: (low[name][device], high[name][device]) for name in low} if is_known else None
-        for device, is_known in enumerate(has_rows.tolist())
+        None if unknown[k] else {name: (low[k], high[k]) for name, (low, high) in ranges.items()}
+        for k in range(num_devices)
     ]
 
 

@@ -30,10 +30,11 @@ from edgelearn.runtime.onnx_group import (
     OnnxGroupPredictor,
     SharedModel,
     answering,
+    ranges_of_each,
     ranges_of_group,
 )
 from edgelearn.runtime.onnx_session import ask, engine, open_session
-from edgelearn.runtime.protocol import GroupPrepared, Observed, RangedPrepared, Rows
+from edgelearn.runtime.protocol import Observed, RangedGroupPrepared, Rows
 from edgelearn.runtime.qdq import (
     Array,
     Ranges,
@@ -138,7 +139,7 @@ class _UnseenGroup:
 
 
 @final
-class OnnxPrepared(GroupPrepared, RangedPrepared):
+class OnnxPrepared(RangedGroupPrepared):
     """Folded parameters and their integers; activation ranges come from each device."""
 
     def __init__(
@@ -179,15 +180,31 @@ class OnnxPrepared(GroupPrepared, RangedPrepared):
         if first is None:
             return _UnseenGroup(self)
         shape = tuple(first.x.shape[1:])
-        template, folded, weights = self._made(shape)
+        template, _, weights = self._made(shape)
         if not template.is_quantized:
             alone = OnnxPredictor(template.artefact(weights), shape)
             same = (alone,) * num_devices
             return OnnxGroupPredictor(same, template.num_outputs, alone.model_bytes)
+        observed = self.observed_group(chain([first], parts), num_devices=num_devices)
+        return self.within_group(observed)
+
+    def observed_group(self, calibration: Iterable[Rows], *, num_devices: int) -> Observed:
+        """Return the range of each point, for each device [D]; of a float network there is none."""
+        parts = iter(calibration)
+        first = next(parts)
+        shape = tuple(first.x.shape[1:])
+        template, folded, _ = self._made(shape)
+        parts = chain([first], parts)
+        return Observed(shape, ranges_of_group(template, folded, parts, num_devices=num_devices))
+
+    def within_group(self, observed: Observed) -> OnnxGroupPredictor:
+        """Open one session for all devices; there is at least one range."""
+        shape = observed.shape
+        template, folded, weights = self._made(shape)
         if self._shared is None or self._shared[0] is not template:
             self._shared = template, SharedModel.of(template, folded, weights)
-        shared, parts = self._shared[1], chain([first], parts)
-        size = len(self.artefact(first.x[:0]))
+        shared = self._shared[1]
+        size = len(self.artefact(torch.empty(0, *shape)))
 
         def answer_of(ranges: Ranges | None) -> Answer:
             if ranges is None:
@@ -196,8 +213,9 @@ class OnnxPrepared(GroupPrepared, RangedPrepared):
                 return self.within(Observed(shape, ranges))
             return answering(shared, ranges)
 
-        ranges = ranges_of_group(template, folded, parts, num_devices=num_devices)
-        answers = tuple(answer_of(own) for own in ranges)
+        num_devices = len(next(iter(observed.ranges.values()))[0])
+        each = ranges_of_each(observed.ranges, num_devices=num_devices)
+        answers = tuple(answer_of(own) for own in each)
         return OnnxGroupPredictor(answers, template.num_outputs, size)
 
     def for_one(self, x: Tensor) -> OnnxPredictor:

@@ -121,6 +121,32 @@ class GroupPrepared(ABC):
         """
 
 
+class RangedGroupPrepared(GroupPrepared, RangedPrepared):
+    """Parameters made ready for a group of devices, with ranges that may have been observed before.
+
+    `calibrated_group(x)` is `within_group(observed_group(x))`, where some device has rows.
+    """
+
+    @abstractmethod
+    def observed_group(self, calibration: Iterable[Rows], *, num_devices: int) -> Observed:
+        """Return the ranges of each device in one pass, by the float network.
+
+        Args:
+            calibration: The devices' own inputs, in parts, at least one; a device may have none.
+            num_devices: Devices in the group, D.
+
+        Returns:
+            Ranges [D] instead of single ones; lowest is above highest for a device without rows.
+        """
+
+    @abstractmethod
+    def within_group(self, observed: Observed) -> GroupPredictor:
+        """Return the predictor of a group with ranges [D], of all that `observed_group` names.
+
+        One whose lowest value is above its highest is unknown: it is taken from each input.
+        """
+
+
 class Runtime(Protocol):
     """A way of serving a model."""
 

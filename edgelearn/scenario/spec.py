@@ -34,6 +34,7 @@ DETECTORS = ("page-hinkley", "adwin")
 REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
+RECALIBRATIONS = ("always", "on-drift")
 FEDERATIONS = ("auto", "faithful", "fused")
 ALL = "all"
 # Keys that a digest has only where they are not as they were before they existed, by table.
@@ -42,6 +43,7 @@ _LATER: Mapping[str, Mapping[str, Any]] = {
     "data": {"public": 0},
     "fleet": {"runtime_args": {}, "width": {}},
     "model": {"variants": {}},
+    "runtime": {"recalibrate": "always"},
 }
 
 
@@ -258,6 +260,14 @@ class RuntimeSpec:
     name: str = _rule("name, module:Class or file.py:Class", "int8", plugins="edgelearn.runtimes")
     args: Mapping[str, Any] = _table("arguments of the runtime")
     num_calibration: int = _rule("own samples for calibration", 64, minimum=1)
+    recalibrate: str = _rule(
+        "when are ranges observed on all of these?", "always", choices=RECALIBRATIONS
+    )
+
+    @property
+    def keeps_ranges(self) -> bool:
+        """Whether a device keeps ranges from one model to the next."""
+        return self.recalibrate == "on-drift"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -391,7 +391,7 @@ def test_a_real_device_learns_as_a_simulated_one(tmp_path: Path) -> None:
             state = learner.consolidate(state, params, data, upto=position + 1)
             replayed = int((state.memory["replay.buffer"] >= 0).sum())
             assert int(stored.samples.used.sum()) == N + replayed
-    counts = resident.evaluate(params, position=1)
+    counts, _ = resident.evaluate(params, position=1)
     assert sum(counts.count) == world.num_test_samples(device)
     assert counts.model_bytes < 4 * SIZES["small"] + 4 * 100
 

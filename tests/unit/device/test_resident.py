@@ -180,16 +180,16 @@ def test_evaluation_is_that_of_the_simulator_and_stores_nothing(
     world: World, tmp_path: Path
 ) -> None:
     bench = Bench(world, tmp_path)
-    counts = bench.resident.evaluate(bench.params, position=0)
+    counts, _ = bench.resident.evaluate(bench.params, position=0)
     assert not bench.store.path.exists()
     assert sum(counts.count) == sum(
         len(world.test_samples(bench.device, e)) for e in range(world.stream.num_experiences)
     )
     bench.params = bench.params + bench.fit(0, 1)
-    before = bench.resident.evaluate(bench.params, position=0)
+    before, _ = bench.resident.evaluate(bench.params, position=0)
     bench.consolidate(0)
     content = bench.store.path.read_bytes()
-    assert bench.resident.evaluate(bench.params, position=0) == before
+    assert bench.resident.evaluate(bench.params, position=0) == (before, None)
     assert bench.store.path.read_bytes() == content
 
 

@@ -17,7 +17,7 @@ from edgelearn.scenario.models import cnn, mlp
 engine = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 from edgelearn.runtime import onnx_group  # noqa: E402
-from edgelearn.runtime.onnx_group import ranges_of_group  # noqa: E402
+from edgelearn.runtime.onnx_group import ranges_of_each, ranges_of_group  # noqa: E402
 from edgelearn.runtime.onnx_session import Session  # noqa: E402
 from edgelearn.runtime.onnxruntime import OnnxPredictor, OnnxPrepared, OnnxRuntime  # noqa: E402
 
@@ -85,7 +85,7 @@ def test_each_device_gets_the_bits_of_its_own_session(name: str) -> None:
     parts = [Rows(x, device) for x, device in pieces]  # devices begin and end within a part
     group = prepared.calibrated_group(parts, num_devices=4)
     found, ranges = group(rows), ranges_of_group(template, folded, parts, num_devices=4)
-    for device, own in enumerate(ranges):
+    for device, own in enumerate(ranges_of_each(ranges, num_devices=4)):
         x = rows.x[rows.device == device]
         alone = prepared.calibrated(calibration.x[calibration.device == device])
         assert group.model_bytes == alone.model_bytes

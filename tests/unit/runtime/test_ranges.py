@@ -10,7 +10,7 @@ from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.runtime.protocol import RangedPrepared, Runtime
-from edgelearn.runtime.ranges import KeptRanges
+from edgelearn.runtime.ranges import KeptRanges, Probe
 from edgelearn.scenario.models import mlp
 
 
@@ -98,7 +98,7 @@ def test_what_has_no_ranges_is_calibrated_each_time(model: FlatModel) -> None:
     uncalibrated = prepared.calibrated(x[:0])(x)
     assert torch.equal(kept.predictor(prepared, x[:0])(x), uncalibrated)
     kept.predictor(prepared, x)
-    assert kept.num_observed == 2  # what came between is not kept
+    assert kept.num_observed == 1  # what came between changed nothing
 
 
 @torch.no_grad()
@@ -112,6 +112,6 @@ def test_ranges_that_are_not_finite_are_not_kept(model: FlatModel) -> None:
 
 
 def test_bad_arguments() -> None:
-    for arguments in ({"num_probes": 0}, {"most_beyond": -0.1}, {"least_filled": 1.0}):
+    for arguments in ({"num_samples": 0}, {"most_beyond": -0.1}, {"least_filled": 1.0}):
         with pytest.raises(ValueError, match="allowed"):
-            KeptRanges(**arguments)  # type: ignore[arg-type]
+            Probe(**arguments)  # type: ignore[arg-type]

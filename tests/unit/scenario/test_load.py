@@ -415,6 +415,7 @@ OTHER = {  # another valid value for each key of a scenario
     "runtime.name": "float",
     "runtime.args": {"x": 1},
     "runtime.num_calibration": 3,
+    "runtime.recalibrate": "on-drift",
     "evaluate.every_rounds": 2,
     "evaluate.num_devices": 1,
     "compress.pipeline": "prune(0.5) | quantize",
