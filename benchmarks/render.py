@@ -18,6 +18,7 @@ from parts import (
     ewc,
     int8_training,
     memory,
+    nodes,
     pipelines,
     pruning,
     quantization,
@@ -55,6 +56,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("continual", "Continual learning beside Avalanche", continual.section),
     ("device", "One device beside Avalanche", device.section),
     (runtimes.PART, runtimes.TITLE, runtimes.section),
+    (nodes.PART, nodes.TITLE, nodes.section),
     ("scaling", "How it scales", scaling.section),
     ("quantization", "Quantization-aware training", quantization.section),
     ("int8-training", "Training without float weights", int8_training.section),
@@ -68,6 +70,7 @@ SCRIPTS = {
     "quantization": "quantization.py",
     "int8-training": "quantization.py",
     runtimes.PART: "runtimes.py",
+    nodes.PART: "nodes.py",
 }
 
 

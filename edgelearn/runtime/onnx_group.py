@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edgelearn.runtime.network import Folded
+from edgelearn.runtime.onnx_graph import CLIP_LIMITS
 from edgelearn.runtime.onnx_session import Session, ask, open_with_inputs
 from edgelearn.runtime.protocol import Rows
 from edgelearn.runtime.qdq import Array, Ranges, Template, quantized_numbers
@@ -52,12 +53,9 @@ class SharedModel:
         """Open the session; None if the engine computed some of its inputs away beforehand."""
         ordinary = {point.name: _ORDINARY for point in template.points}
         numbers = quantized_numbers(template, folded, weights, ordinary, is_calibrated=True)
-        artefact = template.artefact(numbers)
-        fixed = ("clip.", "zeros.")
-        names = {name for name in numbers if name not in weights and not name.startswith(fixed)}
-        session, found = open_with_inputs(artefact, names)
-        # Of a bias only the codes are left: the scale follows from the others.
-        if any(name not in found for name in names if not name.endswith(".bias.scale")):
+        names = template.stored - weights.keys() - CLIP_LIMITS.keys()
+        session, found = open_with_inputs(template.artefact(numbers), names)
+        if found != names:
             return None
         return cls(template, folded, weights, session, found)
 

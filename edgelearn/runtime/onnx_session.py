@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgelearn.errors import ExtraMissingError
-from edgelearn.runtime.qdq import INPUT, OUTPUT, Array
+from edgelearn.runtime.onnx_graph import INPUT, OUTPUT
+from edgelearn.runtime.qdq import Array
 
 
 class Session(Protocol):

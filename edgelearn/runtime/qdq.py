@@ -6,7 +6,7 @@ Engines read such pairs as integer operators; an operator set of 2022 is enough 
 
 - weights: symmetric per output channel, w_q = clip(round(w / s_w), -c, c), s_w = max|w| / c;
 - activations: affine per tensor, unsigned 8 bits, range from calibration;
-- bias: 32 bits at scale s_x s_w.
+- bias: 32 bits at scale s_x s_w, a product that the graph forms.
 
 What is quantized are the network's input and what layers, sums and averages make, except logits
 (but those of a convolution). A value's range is taken behind the ReLU, max pooling and flattening
@@ -32,7 +32,8 @@ from torch import Tensor
 
 from edgelearn.compress.quantize import activation_scale, least_step, most_bias, quantize_weight
 from edgelearn.params import FlatModel
-from edgelearn.runtime.network import Folded, Network, Operator, UnsupportedError
+from edgelearn.runtime.network import Folded, Network, UnsupportedError
+from edgelearn.runtime.onnx_graph import CLIP_LIMITS, GraphWriter, prefix_of, type_of, zeros_name
 
 if TYPE_CHECKING:
     import onnx
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Ranges = Mapping[str, tuple[Tensor, Tensor]]  # lowest and highest, by point
 
-INPUT, OUTPUT = "input", "logits"
-_OPSET, _IR_VERSION = 17, 8
 _PASSING = ("Relu", "Clip", "MaxPool", "Flatten")  # they keep the order of values
-_CLIPPING = ("Relu", "Clip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,40 +137,36 @@ class Template:
         """
         for slot in self._graph.graph.initializer:
             value = numbers[slot.name]
-            if value.dtype != _type_of(slot.data_type) or value.shape != tuple(slot.dims):
+            if value.dtype != type_of(slot.data_type) or value.shape != tuple(slot.dims):
                 raise ValueError(
                     f"{slot.name} is {value.dtype} {value.shape}, the graph has "
-                    f"{_type_of(slot.data_type)} {tuple(slot.dims)}"
+                    f"{type_of(slot.data_type)} {tuple(slot.dims)}"
                 )
             slot.raw_data = np.ascontiguousarray(value).tobytes()
         data: bytes = self._graph.SerializeToString(deterministic=True)
         return data
 
     @cached_property
+    def stored(self) -> frozenset[str]:
+        """The names of the numbers that the file holds."""
+        return frozenset(slot.name for slot in self._graph.graph.initializer)
+
+    @cached_property
     def _graph(self) -> onnx.ModelProto:
-        return _Writer(self).write()
-
-
-def _type_of(data_type: int) -> np.dtype[Any]:
-    from onnx import helper
-
-    return helper.tensor_dtype_to_np_dtype(data_type)
+        carried = {name: point.name for point in self.points for name in point.carried}
+        writer = GraphWriter(self.network, self.sizes, carried if self.is_quantized else None)
+        return writer.write(self.shape, self.num_outputs)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def _prefix(name: str) -> str:
-    """Return what stands before the names of a layer's tensors, as torch has them."""
-    return f"{name}." if name else ""
-
-
 def float_numbers(network: Network, folded: Folded) -> dict[str, Array]:
     """Return the numbers of a float graph."""
-    numbers: dict[str, Array] = dict(_CLIP_LIMITS) if _clips(network) else {}
+    numbers: dict[str, Array] = dict(CLIP_LIMITS) if _clips(network) else {}
     for name, (weight, bias) in folded.items():
-        numbers[f"{_prefix(name)}weight"] = weight.numpy()
-        numbers[f"{_prefix(name)}bias"] = bias.numpy()
+        numbers[f"{prefix_of(name)}weight"] = weight.numpy()
+        numbers[f"{prefix_of(name)}bias"] = bias.numpy()
     return numbers
 
 
@@ -181,9 +175,10 @@ def quantized_weights(folded: Folded, *, largest: int) -> dict[str, Array]:
     numbers: dict[str, Array] = {}
     for name, (weight, _) in folded.items():
         codes, scale = quantize_weight(weight, largest=largest)
-        numbers[f"{_prefix(name)}weight"] = codes.numpy()
-        numbers[f"{_prefix(name)}weight.scale"] = scale.numpy()
-        numbers |= _zeros(np.int8, len(scale))
+        numbers[f"{prefix_of(name)}weight"] = codes.numpy()
+        numbers[f"{prefix_of(name)}weight.scale"] = scale.numpy()
+        if weight.dim() == 2:
+            numbers[zeros_name(len(scale))] = np.zeros(len(scale), np.int8)
     return numbers
 
 
@@ -195,7 +190,7 @@ def quantized_numbers(
     *,
     is_calibrated: bool,
 ) -> dict[str, Array]:
-    """Return all numbers of an int8 graph.
+    """Return all numbers of an int8 graph, those that it forms of others among them.
 
     Args:
         template: The graph.
@@ -207,7 +202,7 @@ def quantized_numbers(
     """
     numbers: dict[str, Array] = {**weights}
     if _clips(template.network):
-        numbers |= _CLIP_LIMITS
+        numbers |= CLIP_LIMITS
     input_scale: dict[str, Tensor] = {}
     least = {} if is_calibrated else _least_steps(template.network, folded, weights)
     for point in template.points:
@@ -219,7 +214,7 @@ def quantized_numbers(
     for step in template.network.operators:
         if step.layer is None:
             continue
-        prefix, (weight, bias) = _prefix(step.name), folded[step.name]
+        prefix, (weight, bias) = prefix_of(step.name), folded[step.name]
         weight_scale = torch.from_numpy(weights[f"{prefix}weight.scale"])
         unit = input_scale[step.inputs[0]].double() * weight_scale.double()
         # A 32-bit sum must not overflow, whatever the inputs are.
@@ -227,13 +222,7 @@ def quantized_numbers(
         codes = torch.round(bias.double() / unit).clamp(-most, most)
         numbers[f"{prefix}bias"] = codes.to(torch.int32).numpy()
         numbers[f"{prefix}bias.scale"] = unit.float().numpy()
-        numbers |= _zeros(np.int32, len(unit))
     return numbers
-
-
-def _zeros(kind: type[np.signedinteger[Any]], count: int) -> dict[str, Array]:
-    """Return zero points of layers with as many channels, which share them."""
-    return {f"zeros.{np.dtype(kind).name}.{count}": np.zeros(count, kind)}
 
 
 def _least_steps(
@@ -243,119 +232,11 @@ def _least_steps(
     found: dict[str, float] = {}
     for name, step in ((s.inputs[0], s) for s in network.operators if s.layer is not None):
         weight, bias = folded[step.name]
-        scale = torch.from_numpy(weights[f"{_prefix(step.name)}weight.scale"])
+        scale = torch.from_numpy(weights[f"{prefix_of(step.name)}weight.scale"])
         floor = float(least_step(bias, scale, weight[0].numel()))
         found[name] = max(found.get(name, 0.0), floor)
     return found
 
 
-_CLIP_LIMITS: Mapping[str, Array] = {
-    "clip.low": np.array(0, np.float32),
-    "clip.high": np.array(6, np.float32),
-}
-
-
 def _clips(network: Network) -> bool:
     return any(step.kind == "Clip" for step in network.operators)
-
-
-# -- the graph -------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Writes one graph; initializers have types and shapes, and get their numbers later."""
-
-    def __init__(self, template: Template) -> None:
-        self._template = template
-        self._nodes: list[onnx.NodeProto] = []
-        self._slots: list[onnx.TensorProto] = []
-        self._zeros: set[str] = set()
-        self._names: dict[str, str] = {}  # of values in the graph
-        self._at = {name: point for point in template.points for name in point.carried}
-
-    def write(self) -> onnx.ModelProto:
-        from onnx import TensorProto, checker, helper
-
-        template, network = self._template, self._template.network
-        for point in template.points:
-            self._slot(f"{point.name}.scale", TensorProto.FLOAT, ())
-            self._slot(f"{point.name}.zero", TensorProto.UINT8, ())
-        if _clips(network):
-            for name in _CLIP_LIMITS:
-                self._slot(name, TensorProto.FLOAT, ())
-        self._made(network.input, INPUT)
-        for step in network.operators:
-            self._write(step)
-        self._node("Identity", [self._names[network.output]], OUTPUT)
-        batch = "batch"
-        x = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *template.shape])
-        y = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch, template.num_outputs])
-        graph = helper.make_graph(self._nodes, "edgelearn", [x], [y], self._slots)
-        model = helper.make_model(
-            graph,
-            producer_name="edgelearn",
-            opset_imports=[helper.make_opsetid("", _OPSET)],
-            ir_version=_IR_VERSION,
-        )
-        checker.check_model(model)
-        return model
-
-    def _write(self, step: Operator) -> None:
-        if step.kind in _CLIPPING and step.output in self._at:
-            point = self._at[step.output]
-            if step.output != point.name:  # the codes are clipped already
-                self._names[step.output] = self._names[step.inputs[0]]
-                return
-        taken = [self._names[name] for name in step.inputs]
-        if step.layer is not None:
-            taken += self._parameters(step)
-        elif step.kind == "Clip":
-            taken += list(_CLIP_LIMITS)
-        made = f"{step.output}.value"
-        self._node(step.kind, taken, made, **step.attributes)
-        self._made(step.output, made)
-
-    def _made(self, value: str, tensor: str) -> None:
-        """Note where a value is; as codes and back, if it is quantized."""
-        self._names[value] = tensor
-        if value in self._at:
-            parameters = [f"{self._at[value].name}.{leaf}" for leaf in ("scale", "zero")]
-            self._node("QuantizeLinear", [tensor, *parameters], f"{value}.codes")
-            self._node("DequantizeLinear", [f"{value}.codes", *parameters], f"{value}.coded")
-            self._names[value] = f"{value}.coded"
-
-    def _parameters(self, step: Operator) -> list[str]:
-        from onnx import TensorProto
-
-        prefix, weight = _prefix(step.name), self._template.sizes[step.name]
-        bias = weight[:1]
-        if not self._template.is_quantized:
-            self._slot(f"{prefix}weight", TensorProto.FLOAT, weight)
-            self._slot(f"{prefix}bias", TensorProto.FLOAT, bias)
-            return [f"{prefix}weight", f"{prefix}bias"]
-        found = []
-        kinds = {"weight": (TensorProto.INT8, weight), "bias": (TensorProto.INT32, bias)}
-        for leaf, (kind, shape) in kinds.items():
-            name = f"{prefix}{leaf}"
-            self._slot(name, kind, shape)
-            self._slot(f"{name}.scale", TensorProto.FLOAT, bias)
-            # Zeros, without which ONNX Runtime would compute a Gemm in float.
-            zeros = f"zeros.{np.dtype(_type_of(kind)).name}.{bias[0]}"
-            if zeros not in self._zeros:
-                self._slot(zeros, kind, bias)
-                self._zeros.add(zeros)
-            parameters = [f"{name}.scale", zeros]
-            self._node("DequantizeLinear", [name, *parameters], f"{name}.value", axis=0)
-            found.append(f"{name}.value")
-        return found
-
-    def _node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
-        from onnx import helper
-
-        self._nodes.append(helper.make_node(kind, inputs, [output], output, **attributes))
-
-    def _slot(self, name: str, kind: int, shape: tuple[int, ...]) -> None:
-        from onnx import TensorProto
-
-        data = np.zeros(shape, _type_of(kind)).tobytes()
-        self._slots.append(TensorProto(name=name, data_type=kind, dims=shape, raw_data=data))

@@ -93,6 +93,7 @@ def test_each_device_gets_the_bits_of_its_own_session(name: str) -> None:
             assert device == 1
             assert torch.equal(found[rows.device == device], alone(x))
             continue
+        assert not isinstance(group.answers[device], OnnxPredictor)  # type: ignore[union-attr]
         observed = template.ranges(folded, calibration.x[calibration.device == device])
         for point, pair in own.items():  # float sums may end in another bit for another batch
             torch.testing.assert_close(pair, observed[point])

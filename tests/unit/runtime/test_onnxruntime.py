@@ -19,7 +19,7 @@ from edgelearn.params import FlatModel
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.runtime.network import Network, UnsupportedError
 from edgelearn.runtime.protocol import make_runtime
-from edgelearn.runtime.qdq import points_of
+from edgelearn.runtime.qdq import points_of, quantized_numbers
 from edgelearn.scenario.models import cnn, mlp
 from edgelearn.scenario.world import World, build
 
@@ -149,7 +149,8 @@ def test_the_engine_computes_every_layer_in_integers(name: str, tmp_path: Path) 
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     engine.InferenceSession(artefact, options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert not {"Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "Add"} & set(kinds)
+    in_float = {"Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "Add", "Mul"}
+    assert not in_float & set(kinds)
     layers = [m for m in model.module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert sum(kind in ("QLinearConv", "QGemm") for kind in kinds) == len(layers)
 
@@ -199,8 +200,80 @@ def test_initializers_keep_torch_names_and_integers_are_stored() -> None:
         assert found[name].shape == view.shape
         assert found[name].dtype == (np.int8 if name.endswith("weight") else np.int32)
         back = found[name].astype(np.float64)
-        scale = found[f"{name}.scale"].reshape(-1, *[1] * (view.dim() - 1))
+        scale = (found | products(graph))[f"{name}.scale"].reshape(-1, *[1] * (view.dim() - 1))
         assert np.abs(back * scale - view.numpy()).max() <= scale.max() * 0.501
+
+
+def products(graph: Any) -> dict[str, Any]:
+    """The scales that a graph forms, by the name of what they belong to."""
+    found = {slot.name: onnx.numpy_helper.to_array(slot) for slot in graph.initializer}
+    made = {
+        node.output[0]: np.multiply(*(found[name] for name in node.input))
+        for node in graph.node
+        if node.op_type == "Mul"
+    }
+    users = [node.input for node in graph.node if node.op_type == "DequantizeLinear"]
+    return {f"{names[0]}.scale": made[names[1]] for names in users if names[1] in made}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_scale_of_a_bias_is_formed_bit_for_bit(name: str) -> None:
+    factory, shape = NETWORKS[name]
+    model = made(factory)
+    prepared = OnnxRuntime(weight_bits=8).prepare(model, moved(model))
+    template, folded, weights = prepared._made(shape)
+    ranges = template.ranges(folded, rand(20, *shape))
+    numbers = quantized_numbers(template, folded, weights, ranges, is_calibrated=True)
+    found = products(onnx.load_from_string(template.artefact(numbers)).graph)
+    assert found.keys() == {key for key in numbers if key.endswith("bias.scale")}
+    for key, scale in found.items():
+        assert np.array_equal(scale, numbers[key])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_beside_codes_a_channel_has_a_scale_and_a_bias(name: str) -> None:
+    factory, shape = NETWORKS[name]
+    model = made(factory)
+    graph = onnx.load_from_string(serve(model, moved(model), rand(20, *shape)).artefact).graph
+    layers = [m for m in model.module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    codes = sum(layer.weight.numel() for layer in layers)
+    channels = sum(len(layer.weight) for layer in layers)
+    zeros = sum({len(layer.weight) for layer in layers if isinstance(layer, nn.Linear)})
+    stored = sum(len(slot.raw_data) for slot in graph.initializer)
+    points = points_of(Network.of(model, shape))
+    clips = 8 * any(node.op_type == "Clip" for node in graph.node)
+    assert stored == codes + 8 * channels + zeros + 5 * len(points) + clips
+
+
+def test_int8_of_the_small_cnn_has_little_more_than_a_quarter_of_the_bytes() -> None:
+    model = made(lambda: cnn(input_shape=(1, 28, 28), num_classes=10))
+    params, x = model.initial(), rand(2, 1, 28, 28)
+    int8, exact = (
+        serve(model, params, x, OnnxRuntime(weight_bits=bits)).model_bytes for bits in (8, 32)
+    )
+    assert exact < 4 * len(params) + 1000  # it is not made larger either
+    assert int8 <= 0.265 * exact
+
+
+class Passing(nn.Module):
+    """What is clipped twice, and an answer that others take as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return torch.relu(F.relu6(x) + self.last(x))
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("factory", [Passing, lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU())])
+def test_the_last_value_is_the_answer_whatever_makes_it(factory: Any, bits: int) -> None:
+    model, x = made(factory), rand(40, 6)
+    expected = model(model.initial(), x)
+    found = serve(model, model.initial(), x, OnnxRuntime(weight_bits=bits))(x)
+    assert float((found - expected).abs().max()) <= 0.03 * float(expected.abs().max())
 
 
 def test_weights_of_seven_bits_have_codes_up_to_64() -> None:
