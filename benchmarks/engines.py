@@ -19,6 +19,7 @@ import render
 from harness.paths import PAGE, QUICK_RESULTS
 from harness.results import Options, say
 from parts import (
+    calibration,
     codecs,
     comparison,
     continual,
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "device": device.measure,
     "scaling": scaling.measure,
     "codecs": codecs.measure,
+    calibration.PART: calibration.measure,
     pipelines.PART: pipelines.measure,
     pruning.PART: pruning.measure,
 }

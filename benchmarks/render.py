@@ -10,6 +10,7 @@ import demo
 from harness import results
 from harness.paths import PAGE, RESULTS
 from parts import (
+    calibration,
     codecs,
     comparison,
     continual,
@@ -57,6 +58,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("device", "One device beside Avalanche", device.section),
     (runtimes.PART, runtimes.TITLE, runtimes.section),
     (nodes.PART, nodes.TITLE, nodes.section),
+    (calibration.PART, "Ranges of activations", calibration.section),
     ("scaling", "How it scales", scaling.section),
     ("quantization", "Quantization-aware training", quantization.section),
     ("int8-training", "Training without float weights", int8_training.section),

@@ -138,6 +138,12 @@ def median(numbers: Iterable[float]) -> float | None:
     return statistics.median(found) if found else None
 
 
+def spread(numbers: list[float]) -> str:
+    """Return mean and sample standard deviation, with one decimal."""
+    mean = f"{statistics.mean(numbers):.1f}".replace("-", "\N{MINUS SIGN}")
+    return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.1f}"
+
+
 def ratio(
     result: Mapping[str, Any], field: str, above: str, below: str
 ) -> tuple[float, float, float] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 # By bits of a weight: its largest code. 7 bits are what kernels without VNNI multiply exactly, two
 # unsigned 8-bit codes times two of these staying below 2^15, and that allows 64.
 LARGEST_CODE: Mapping[int, int] = {8: 127, 7: 64, 6: 31, 5: 15, 4: 7, 3: 3, 2: 1}
+_STORED_BITS = {7: 8}  # of a code; others take as many as they have
 _ALIVE = 2.0**-12  # of the largest scale in a layer
 
 
@@ -80,6 +81,11 @@ def quantize_weight(weight: Tensor, *, largest: int = 127) -> tuple[Tensor, Tens
     scale = _positive(weight.reshape(len(weight), -1).abs().amax(1) / largest)
     ratio = weight / scale.view(-1, *[1] * (weight.dim() - 1))
     return torch.round(ratio).clamp(-largest, largest).to(torch.int8), scale
+
+
+def stored_bytes(count: int, weight_bits: int) -> int:
+    """Return the bytes of so many weights' codes, packed without gaps; 7 bits fill a byte."""
+    return -(-count * _STORED_BITS.get(weight_bits, weight_bits) // 8)
 
 
 def fake_quantize_weight(weight: Tensor, *, bits: int = 8) -> Tensor:

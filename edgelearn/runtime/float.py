@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from edgelearn.params import FlatModel
-from edgelearn.runtime.protocol import GroupPrepared, Rows
+from edgelearn.runtime.protocol import GroupPrepared, Predictor, Rows
 
 
 @final
@@ -39,21 +39,21 @@ class FloatPredictor(GroupPrepared):
         calibration: Iterable[Rows],  # noqa: ARG002
         *,
         num_devices: int,  # noqa: ARG002
-    ) -> FloatGroupPredictor:
+    ) -> SamePredictor:
         """Nothing to calibrate."""
-        return FloatGroupPredictor(self)
+        return SamePredictor(self)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class FloatGroupPredictor:
-    """The same float model on every device."""
+class SamePredictor:
+    """A group whose devices all answer with the same model, as nothing of it is calibrated."""
 
-    alone: FloatPredictor
+    alone: Predictor
 
     @property
     def model_bytes(self) -> int:
-        """Four bytes for each parameter."""
+        """Bytes of all that one device keeps to answer."""
         return self.alone.model_bytes
 
     def __call__(self, rows: Rows) -> Tensor:

@@ -30,13 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from edgelearn.compress.quantize import LARGEST_CODE, least_step, quantize_weight
+from edgelearn.compress.quantize import LARGEST_CODE, least_step, quantize_weight, stored_bytes
+from edgelearn.errors import nearest
 from edgelearn.params import FlatModel
 from edgelearn.runtime.int8_forms import Form, Parts, form_of
 from edgelearn.runtime.int8_layers import unknown_range
+from edgelearn.runtime.observers import MinMax, make_observer, ranges_of, ranges_of_group
 from edgelearn.runtime.protocol import Observed, RangedGroupPrepared, Rows
+from edgelearn.runtime.weight_only import WeightOnlyPredictor
 
-_STORED_BITS = {7: 8}  # of a code; others take as many as they have
+ACTIVATIONS = ("static", "dynamic", "float")
 
 
 @final
@@ -117,8 +120,8 @@ class _Quantized:
             tensors[f"{prefix}codes"] = codes.to(slot.dtype)  # once, not in each answer
             tensors[f"{prefix}scale"], tensors[f"{prefix}bias"] = scale, own
             tensors[f"{prefix}least_step"] = least_step(own, scale, weight[0].numel())
-            packed = -(-codes.numel() * _STORED_BITS.get(weight_bits, weight_bits) // 8)
-            num_bytes += packed + 4 * len(scale) + (0 if bias is None else 4 * len(bias))
+            num_bytes += stored_bytes(codes.numel(), weight_bits) + 4 * len(scale)
+            num_bytes += 0 if bias is None else 4 * len(bias)
         for prefix in form.rounded:
             tensors[f"{prefix}least_step"] = torch.zeros(())
         # Torch leaves what it binds to a layer with two names there, and takes what is the same
@@ -134,11 +137,9 @@ class _Quantized:
 class Int8Prepared(RangedGroupPrepared):
     """Integer weights; activation ranges come from each device."""
 
-    def __init__(
-        self, runtime: Int8Runtime, model: FlatModel, params: Tensor, *, weight_bits: int
-    ) -> None:
+    def __init__(self, runtime: Int8Runtime, model: FlatModel, params: Tensor) -> None:
         self._runtime, self._model = runtime, model
-        self._params, self._bits = params.detach().clone(), weight_bits
+        self._params = params.detach().clone()
         self._of: dict[tuple[int, ...], _Quantized] = {}
 
     def calibrated(self, calibration: Tensor) -> Int8Predictor:
@@ -149,20 +150,14 @@ class Int8Prepared(RangedGroupPrepared):
         return self.within(self.observed(calibration))
 
     def observed(self, x: Tensor) -> Observed:
-        """Return the minimum and maximum of each value that becomes codes, on inputs [n, ...]."""
-        ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        """Return the range of each value that becomes codes, on inputs [n, ...].
 
-        def observe(prefix: str, x: Tensor) -> None:
-            low, high = torch.aminmax(x)
-            if prefix in ranges:  # a layer that is used twice
-                low = torch.minimum(low, ranges[prefix][0])
-                high = torch.maximum(high, ranges[prefix][1])
-            ranges[prefix] = low, high
-
-        shape = tuple(x.shape[1:])
-        made = self._made(shape)
-        made.parts.observe(x, observe)
-        return Observed(shape, ranges)
+        There is none where each input has its own.
+        """
+        shape, observer = tuple(x.shape[1:]), self._runtime.observer
+        if observer is None:
+            return Observed(shape, {})
+        return Observed(shape, ranges_of(self._made(shape).parts.observe, x, observer))
 
     def within(self, observed: Observed) -> Int8Predictor:
         """Return the predictor with these ranges."""
@@ -187,21 +182,16 @@ class Int8Prepared(RangedGroupPrepared):
         """Return the range of each value that becomes codes, for each device [D]."""
         parts = iter(calibration)
         first = next(parts)
-        shape, device = tuple(first.x.shape[1:]), first.device
+        shape, observer = tuple(first.x.shape[1:]), self._runtime.observer
         made = self._made(shape)
-        low = {p: torch.full((num_devices,), float("inf")) for p in made.form.places}
-        high = {p: torch.full((num_devices,), float("-inf")) for p in made.form.places}
-
-        def observe(prefix: str, x: Tensor) -> None:
-            rows = x.flatten(1)  # amin and amax apart are faster than aminmax over a dimension
-            low[prefix].scatter_reduce_(0, device, rows.amin(1), "amin")
-            high[prefix].scatter_reduce_(0, device, rows.amax(1), "amax")
-
-        for rows in chain([first], parts):
-            if len(rows.x):
-                device = rows.device
-                made.parts.observe(rows.x, observe)
-        return Observed(shape, {p: (low[p], high[p]) for p in made.form.places})
+        ranges = ranges_of_group(
+            made.parts.observe,
+            [] if observer is None else chain([first], parts),
+            observer or MinMax(),
+            places=made.form.places,
+            num_devices=num_devices,
+        )
+        return Observed(shape, ranges)
 
     def within_group(self, observed: Observed) -> Int8GroupPredictor:
         """Return the predictor of a group with these ranges."""
@@ -216,7 +206,7 @@ class Int8Prepared(RangedGroupPrepared):
         if shape not in self._of:
             form = self._runtime.form(self._model, shape)
             parts = form.parts(self._model, self._params)
-            self._of[shape] = _Quantized.of(form, parts, weight_bits=self._bits)
+            self._of[shape] = _Quantized.of(form, parts, weight_bits=self._runtime.weight_bits)
         return self._of[shape]
 
 
@@ -228,21 +218,49 @@ class Int8Runtime:
         weight_bits: Of a weight's code, 2 to 8. Fewer make a model smaller (codes count as packed
             without gaps; 7 bits fill a byte) and coarser. 7 are the integers that `onnxruntime` has
             to take on an x86 processor without VNNI. Activations have 8 bits in any case.
+        activations: "static": codes within the ranges of the device's calibration samples;
+            "dynamic": each input has its own ranges; "float": they are not quantized.
+        calibration: How static ranges are taken: "min-max", "percentile" or "moving-average"
+            (`edgelearn.runtime.observers`).
+        percentile: Of that calibration, above 50 to 100; left out, 99.99.
+        averaging: Rate of the moving average, above 0 to 1; left out, 0.1.
 
     Raises:
-        ValueError: If `weight_bits` is anything else.
+        ValueError: If an argument is anything else.
     """
 
-    def __init__(self, *, weight_bits: int = 8) -> None:
+    def __init__(
+        self,
+        *,
+        weight_bits: int = 8,
+        activations: str = "static",
+        calibration: str = "min-max",
+        percentile: float | None = None,
+        averaging: float | None = None,
+    ) -> None:
         if type(weight_bits) is not int or weight_bits not in LARGEST_CODE:
             raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 2 to 8")
-        self.weight_bits = weight_bits
+        if activations not in ACTIVATIONS:
+            raise ValueError(
+                f"activations is {activations!r}{nearest(str(activations), ACTIVATIONS)}; there "
+                f"are {', '.join(ACTIVATIONS)}"
+            )
+        observer = make_observer(calibration, percentile=percentile, averaging=averaging)
+        if activations != "static" and not isinstance(observer, MinMax):
+            raise ValueError(
+                f"calibration is {calibration!r}, but with activations {activations!r} nothing is "
+                "calibrated"
+            )
+        self.weight_bits, self.activations = weight_bits, activations
+        self.observer = observer if activations == "static" else None
         self._forms: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Form]]
         self._forms = WeakKeyDictionary()
 
-    def prepare(self, model: FlatModel, params: Tensor) -> Int8Prepared:
+    def prepare(self, model: FlatModel, params: Tensor) -> Int8Prepared | WeightOnlyPredictor:
         """Take parameters [P]; they are quantized once."""
-        return Int8Prepared(self, model, params, weight_bits=self.weight_bits)
+        if self.activations == "float":
+            return WeightOnlyPredictor.of(model, params, weight_bits=self.weight_bits)
+        return Int8Prepared(self, model, params)
 
     def form(self, model: FlatModel, shape: tuple[int, ...]) -> Form:
         """Return the quantized form of a network for inputs of a shape; made once."""

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from edgelearn.params import SHARED, FlatModel
 from edgelearn.runtime.int8_layers import Layer, QuantizedLayer, Rounded
 from edgelearn.runtime.network import Network, Operator, UnsupportedError
+from edgelearn.runtime.observers import Observe, See
 from edgelearn.runtime.qdq import points_of
-
-_See = Callable[[str, Tensor], None]  # called with a prefix and a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Parts:
 
     weights: Mapping[str, tuple[Tensor, Tensor | None]]
     in_float: Mapping[str, Tensor]
-    observe: Callable[[Tensor, _See], None]
+    observe: Observe
 
 
 class Form(ABC):
@@ -67,15 +66,15 @@ class Form(ABC):
 def form_of(model: FlatModel, shape: tuple[int, ...]) -> Form:
     """Return the form of a network whose inputs have a shape."""
     if _is_quantized(model.module):
-        return _Layers(model.module)
+        return Layers(model.module)
     try:
         network = Network.of(model, shape)
     except UnsupportedError:  # by other engines; here it is served layer by layer
-        return _Layers(model.module)
+        return Layers(model.module)
     layers = [step.layer for step in network.operators if step.layer is not None]
     if any(layer.norm for layer in layers) or _rounded(network):
         return _Graph(network, model.module)
-    return _Layers(model.module)
+    return Layers(model.module)
 
 
 def _rounded(network: Network) -> list[str]:
@@ -111,7 +110,7 @@ class _Graph(Form):
     def parts(self, model: FlatModel, params: Tensor) -> Parts:
         folded = self._network.folded(model, params)
 
-        def observe(x: Tensor, see: _See) -> None:
+        def observe(x: Tensor, see: See) -> None:
             for name, value in self._network.values(folded, x):
                 for prefix in self._shown.get(name, ()):
                     see(prefix, value)
@@ -165,7 +164,9 @@ def _rounded_name(value: str) -> str:
 
 
 @final
-class _Layers(Form):
+class Layers(Form):
+    """Integer layers in a float network."""
+
     rounded = ()
 
     def __init__(self, module: nn.Module) -> None:
@@ -174,6 +175,7 @@ class _Layers(Form):
         self.skeleton = _with_quantized_layers(module)
 
     def parts(self, model: FlatModel, params: Tensor) -> Parts:
+        """Return the parts; weights and biases are views of the parameters [P]."""
         views, stored = model.layout.views(params), _stored_names(model.module)
         weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         for prefix in self.layers:
@@ -190,7 +192,7 @@ class _Layers(Form):
         }
         return Parts(weights, in_float, partial(self._observe, model, params))
 
-    def _observe(self, model: FlatModel, params: Tensor, x: Tensor, see: _See) -> None:
+    def _observe(self, model: FlatModel, params: Tensor, x: Tensor, see: See) -> None:
         def hook_of(prefix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda _layer, inputs: see(prefix, inputs[0])
 

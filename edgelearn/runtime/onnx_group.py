@@ -8,7 +8,7 @@ which is a large part of what a small network's evaluation costs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -65,21 +65,6 @@ class SharedModel:
             self.template, self.folded, self.weights, ranges, is_calibrated=True
         )
         return {name: found[name] for name in self.names}
-
-
-def ranges_of_group(
-    template: Template, folded: Folded, calibration: Iterable[Rows], *, num_devices: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the range of each point for each device [D]; of one without rows (inf, -inf)."""
-    low = {p.name: torch.full((num_devices,), float("inf")) for p in template.points}
-    high = {p.name: torch.full((num_devices,), float("-inf")) for p in template.points}
-    for rows in calibration:
-        values = template.network.evaluate(folded, rows.x)
-        for point in template.points:
-            flat = values[point.carried[-1]].flatten(1)
-            low[point.name].scatter_reduce_(0, rows.device, flat.amin(1), "amin")
-            high[point.name].scatter_reduce_(0, rows.device, flat.amax(1), "amax")
-    return {name: (low[name], high[name]) for name in low}
 
 
 def ranges_of_each(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import final
@@ -25,13 +26,19 @@ from torch import Tensor, nn
 from edgelearn.compress.quantize import LARGEST_CODE
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded
+from edgelearn.runtime.observers import (
+    MinMax,
+    Observer,
+    make_observer,
+    ranges_of,
+    ranges_of_group,
+)
 from edgelearn.runtime.onnx_group import (
     Answer,
     OnnxGroupPredictor,
     SharedModel,
     answering,
     ranges_of_each,
-    ranges_of_group,
 )
 from edgelearn.runtime.onnx_session import ask, engine, open_session
 from edgelearn.runtime.protocol import Observed, RangedGroupPrepared, Rows
@@ -162,10 +169,15 @@ class OnnxPrepared(RangedGroupPrepared):
 
     def observed(self, x: Tensor) -> Observed:
         """Return the range of each point on inputs [n, ...]; of a float network there is none."""
+        return self._observed(x, self._runtime.observer)
+
+    def _observed(self, x: Tensor, observer: Observer) -> Observed:
         shape = tuple(x.shape[1:])
         template, folded, _ = self._made(shape)
+        if not template.is_quantized:
+            return Observed(shape, {})
         with torch.no_grad():
-            return Observed(shape, template.ranges(folded, x) if template.is_quantized else {})
+            return Observed(shape, ranges_of(partial(template.observe, folded), x, observer))
 
     def within(self, observed: Observed) -> OnnxPredictor:
         """Open a session with these ranges."""
@@ -194,8 +206,14 @@ class OnnxPrepared(RangedGroupPrepared):
         first = next(parts)
         shape = tuple(first.x.shape[1:])
         template, folded, _ = self._made(shape)
-        parts = chain([first], parts)
-        return Observed(shape, ranges_of_group(template, folded, parts, num_devices=num_devices))
+        ranges = ranges_of_group(
+            partial(template.observe, folded),
+            chain([first], parts),
+            self._runtime.observer,
+            places=[point.name for point in template.points],
+            num_devices=num_devices,
+        )
+        return Observed(shape, ranges)
 
     def within_group(self, observed: Observed) -> OnnxGroupPredictor:
         """Open one session for all devices; there is at least one range."""
@@ -231,7 +249,9 @@ class OnnxPrepared(RangedGroupPrepared):
         """
         shape = tuple(calibration.shape[1:])
         if len(calibration):
-            return self._artefact(self.observed(calibration), is_calibrated=is_calibrated)
+            observer = self._runtime.observer if is_calibrated else MinMax()
+            observed = self._observed(calibration, observer)
+            return self._artefact(observed, is_calibrated=is_calibrated)
         nothing = torch.zeros(())
         ranges = {point.name: (nothing, nothing) for point in self.template(shape).points}
         return self._artefact(Observed(shape, ranges), is_calibrated=is_calibrated)
@@ -267,9 +287,13 @@ class OnnxRuntime:
     Args:
         weight_bits: 8 or 7; 0 takes 8 where this processor multiplies them exactly, else 7; 32
             serves the float network, as a yardstick for the same engine.
+        calibration: How ranges are taken: "min-max", "percentile" or "moving-average"
+            (`edgelearn.runtime.observers`).
+        percentile: Of that calibration, above 50 to 100; left out, 99.99.
+        averaging: Rate of the moving average, above 0 to 1; left out, 0.1.
 
     Raises:
-        ValueError: If `weight_bits` is anything else.
+        ValueError: If an argument is anything else.
         ExtraMissingError: If onnxruntime or onnx is not installed.
 
     Example:
@@ -279,7 +303,14 @@ class OnnxRuntime:
         torch.Size([3, 2])
     """
 
-    def __init__(self, *, weight_bits: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        weight_bits: int = 0,
+        calibration: str = "min-max",
+        percentile: float | None = None,
+        averaging: float | None = None,
+    ) -> None:
         if weight_bits not in (0, *_BITS, _FLOAT):
             raise ValueError(
                 f"weight_bits is {weight_bits}; allowed are 0 (by processor), 7, 8, 32"
@@ -287,6 +318,7 @@ class OnnxRuntime:
         for package in ("onnxruntime", "onnx"):
             engine(package)  # now, not in the middle of a run
         self.weight_bits = weight_bits or exact_here()
+        self.observer = make_observer(calibration, percentile=percentile, averaging=averaging)
         self._templates: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Template]]
         self._templates = WeakKeyDictionary()
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from edgelearn.compress.quantize import activation_scale, least_step, most_bias, quantize_weight
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded, Network, UnsupportedError
+from edgelearn.runtime.observers import See
 from edgelearn.runtime.onnx_graph import CLIP_LIMITS, GraphWriter, prefix_of, type_of, zeros_name
 
 if TYPE_CHECKING:
@@ -120,14 +121,16 @@ class Template:
         """What is quantized."""
         return points_of(self.network) if self.is_quantized else ()
 
-    def ranges(self, folded: Folded, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the range of each point for inputs [n, ...] of the float network."""
-        values = self.network.evaluate(folded, x)
-        found = {}
-        for point in self.points:
-            low, high = torch.aminmax(values[point.carried[-1]])
-            found[point.name] = (low, high)
-        return found
+    def observe(self, folded: Folded, x: Tensor, see: See) -> None:
+        """Show the values of the points to `see(name, value)`, of inputs [n, ...], in float."""
+        for name, value in self.network.values(folded, x):
+            if name in self._shown:
+                see(self._shown[name], value)
+
+    @cached_property
+    def _shown(self) -> dict[str, str]:
+        """Names of the points, by the values that have their ranges."""
+        return {point.carried[-1]: point.name for point in self.points}
 
     def artefact(self, numbers: Mapping[str, Array]) -> bytes:
         """Write numbers into the graph and return the file's bytes.

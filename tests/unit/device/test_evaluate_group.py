@@ -142,7 +142,9 @@ def test_groups_with_next_to_nothing_in_them(which: list[int]) -> None:
     trials = [trials_of(world)[i] for i in which]
     found = evaluate_group(model, model.initial(), prepared, trials)
     assert [c.count for c in found] == [(0, 0)] * len(which)
-    assert {c.model_bytes for c in found} <= {prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes}
+    assert {c.model_bytes for c in found} <= {
+        prepared.calibrated(torch.empty(0, *world.sample_shape)).model_bytes
+    }
 
 
 def test_the_float_runtime_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelearn.params import FlatModel
+from edgelearn.runtime.observers import MinMax, ranges_of, ranges_of_group
 from edgelearn.runtime.protocol import GroupPrepared, Rows
 from edgelearn.runtime.qdq import quantized_numbers
 from edgelearn.scenario.models import cnn, mlp
@@ -17,7 +19,7 @@ from edgelearn.scenario.models import cnn, mlp
 engine = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 from edgelearn.runtime import onnx_group  # noqa: E402
-from edgelearn.runtime.onnx_group import ranges_of_each, ranges_of_group  # noqa: E402
+from edgelearn.runtime.onnx_group import ranges_of_each  # noqa: E402
 from edgelearn.runtime.onnx_session import Session  # noqa: E402
 from edgelearn.runtime.onnxruntime import OnnxPredictor, OnnxPrepared, OnnxRuntime  # noqa: E402
 
@@ -84,7 +86,16 @@ def test_each_device_gets_the_bits_of_its_own_session(name: str) -> None:
     pieces = zip(calibration.x.split(11), calibration.device.split(11), strict=True)
     parts = [Rows(x, device) for x, device in pieces]  # devices begin and end within a part
     group = prepared.calibrated_group(parts, num_devices=4)
-    found, ranges = group(rows), ranges_of_group(template, folded, parts, num_devices=4)
+    found, ranges = (
+        group(rows),
+        ranges_of_group(
+            partial(template.observe, folded),
+            parts,
+            MinMax(),
+            places=[p.name for p in template.points],
+            num_devices=4,
+        ),
+    )
     for device, own in enumerate(ranges_of_each(ranges, num_devices=4)):
         x = rows.x[rows.device == device]
         alone = prepared.calibrated(calibration.x[calibration.device == device])
@@ -94,7 +105,9 @@ def test_each_device_gets_the_bits_of_its_own_session(name: str) -> None:
             assert torch.equal(found[rows.device == device], alone(x))
             continue
         assert not isinstance(group.answers[device], OnnxPredictor)  # type: ignore[union-attr]
-        observed = template.ranges(folded, calibration.x[calibration.device == device])
+        observed = ranges_of(
+            partial(template.observe, folded), calibration.x[calibration.device == device], MinMax()
+        )
         for point, pair in own.items():  # float sums may end in another bit for another batch
             torch.testing.assert_close(pair, observed[point])
         numbers = quantized_numbers(template, folded, weights, own, is_calibrated=True)

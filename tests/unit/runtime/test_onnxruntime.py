@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgelearn.errors import ExtraMissingError, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.runtime.network import Network, UnsupportedError
+from edgelearn.runtime.observers import MinMax, ranges_of
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.runtime.qdq import points_of, quantized_numbers
 from edgelearn.scenario.models import cnn, mlp
@@ -222,7 +224,7 @@ def test_the_scale_of_a_bias_is_formed_bit_for_bit(name: str) -> None:
     model = made(factory)
     prepared = OnnxRuntime(weight_bits=8).prepare(model, moved(model))
     template, folded, weights = prepared._made(shape)
-    ranges = template.ranges(folded, rand(20, *shape))
+    ranges = ranges_of(partial(template.observe, folded), rand(20, *shape), MinMax())
     numbers = quantized_numbers(template, folded, weights, ranges, is_calibrated=True)
     found = products(onnx.load_from_string(template.artefact(numbers)).graph)
     assert found.keys() == {key for key in numbers if key.endswith("bias.scale")}
