@@ -86,8 +86,8 @@ def section(result: dict[str, Any]) -> str:
     lines = [
         (
             f"The runtime `int8`, {result['config']['num_calibration']} samples to calibrate on, "
-            f"{result['config']['dataset']}: share of the test samples answered rightly, and as the "
-            "float network answers them, in %; mean and sample standard deviation over seeds."
+            f"{result['config']['dataset']}: share of the test samples answered rightly, and as "
+            "the float network answers them, in %; mean and sample standard deviation over seeds."
         ),
     ]
     for network in (CNN, MOBILENET):
