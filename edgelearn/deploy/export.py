@@ -21,6 +21,8 @@ from edgelearn.errors import RunError
 from edgelearn.federated.rundir import read_model, scenario_of
 from edgelearn.files import write_atomic
 from edgelearn.params import FlatModel
+from edgelearn.runtime.observers import ARGUMENTS as CALIBRATION
+from edgelearn.runtime.onnx_session import engine
 from edgelearn.runtime.onnxruntime import OnnxRuntime, with_facts
 from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.world import World, build
@@ -59,6 +61,8 @@ def export_onnx(
 ) -> Exported:
     """Write the model of a finished run as an ONNX file.
 
+    Ranges are taken as the run's scenario says (`calibration` among the runtime's arguments).
+
     Args:
         directory: Directory of the run.
         out: The file; one that is there is replaced.
@@ -73,8 +77,11 @@ def export_onnx(
     """
     if weight_bits == 0:
         raise RunError("weight_bits is 0 (this processor's); name those of the device: 7, 8 or 32")
-    runtime = OnnxRuntime(weight_bits=weight_bits)
+    engine("onnxruntime")  # before anything else is done
     served = _served(directory, num_calibration)
+    own = served.world.scenario.runtime.args
+    ways = {name: own[name] for name in CALIBRATION if name in own}
+    runtime = OnnxRuntime(weight_bits=weight_bits, **ways)
     prepared = runtime.prepare(served.model, served.params)
     artefact = prepared.artefact(served.calibration.batch().x)
     facts = _facts(served, weight_bits)

@@ -98,6 +98,7 @@ class MovingAverage(Observer):
         return low, high
 
 
+ARGUMENTS = ("calibration", "percentile", "averaging")  # of runtimes, see `make_observer`
 METHODS = ("min-max", "percentile", "moving-average")
 
 

@@ -59,6 +59,23 @@ def test_the_file_answers_as_the_run_s_model_does(
     assert facts["calibration"] == "none"
 
 
+def test_ranges_are_taken_as_the_run_takes_them(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["stream"] |= {"num_experiences": 2, "rounds_per_experience": 1}
+    files = []
+    for place, args in enumerate(({}, {"calibration": "percentile", "percentile": 80})):
+        raw["runtime"] = {"name": "int8", "args": args}
+        edgelearn.simulate(from_dict(raw), out=tmp_path / f"{place}")
+        exported = export_onnx(tmp_path / f"{place}", tmp_path / f"{place}.onnx")
+        model = onnx.load(exported.path)
+        files.append({t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer})
+    plain, narrow = files
+    weights = [name for name in plain if name.endswith("weight")]
+    assert all(np.array_equal(plain[name], narrow[name]) for name in weights)
+    steps = [name for name in plain if name.endswith(".scale") and plain[name].ndim == 0]
+    assert steps
+    assert all(narrow[name] < plain[name] for name in steps)
+
+
 def test_the_file_says_what_it_is_and_how_inputs_are_made(directory: Path) -> None:
     done = export_onnx(directory, directory / "a" / "b.onnx", num_calibration=10)
     world = build(edgelearn.load(directory / "scenario.toml"))
