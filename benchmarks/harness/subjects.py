@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,8 @@ class Subject:
         x: Test inputs [m, ...].
         y: Their labels [m]; None where the parameters are random, so that answers mean nothing.
         how: Where the parameters come from.
+        network: "cnn", or "mobilenet_v2" as torchvision has it.
+        arguments: Of its factory.
     """
 
     model: FlatModel
@@ -38,6 +42,8 @@ class Subject:
     x: Tensor
     y: Tensor | None
     how: str
+    network: str
+    arguments: Mapping[str, Any]
 
 
 def world_of(dataset: str, *, seed: int) -> World:
@@ -52,7 +58,9 @@ def small(world: World, *, epochs: int, num_calibration: int, num_test: int) -> 
     steps = epochs * -(-len(world.train.y) // 64)
     params = _trained(model, world, steps, as_images=False)
     how = f"{epochs} epochs of Adam on {world.scenario.data.dataset}"
-    return _subject(model, params, world, num_calibration, num_test, how, as_images=False)
+    inputs = _inputs(world, num_calibration, num_test, as_images=False)
+    arguments = {"input_shape": world.sample_shape, "num_classes": world.num_classes}
+    return Subject(model, params, *inputs, how, "cnn", arguments)
 
 
 def mobilenet(
@@ -77,7 +85,9 @@ def mobilenet(
     else:
         params = _trained(model, world, steps, as_images=True)
         how = f"{steps} steps of Adam on {world.scenario.data.dataset}"
-    return _subject(model, params, world, num_calibration, num_test, how, as_images=True)
+    inputs = _inputs(world, num_calibration, num_test, as_images=True)
+    arguments = {"num_classes": world.num_classes}
+    return Subject(model, params, *inputs, how, "mobilenet_v2", arguments)
 
 
 def large(*, seed: int, num_calibration: int, num_test: int) -> Subject:
@@ -87,26 +97,18 @@ def large(*, seed: int, num_calibration: int, num_test: int) -> Subject:
         model = FlatModel(mobilenet_v2())
         x = torch.randn(max(num_test, num_calibration), 3, 224, 224)
     model.module.eval()
-    return Subject(
-        model, model.initial(), x[:num_calibration], x[:num_test], None, "random weights"
-    )
+    inputs = x[:num_calibration], x[:num_test], None
+    return Subject(model, model.initial(), *inputs, "random weights", "mobilenet_v2", {})
 
 
-def _subject(
-    model: FlatModel,
-    params: Tensor,
-    world: World,
-    num_calibration: int,
-    num_test: int,
-    how: str,
-    *,
-    as_images: bool,
-) -> Subject:
-    model.module.eval()
+def _inputs(
+    world: World, num_calibration: int, num_test: int, *, as_images: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs for ranges, test inputs, and the labels of these."""
     train = world.train.batch(torch.arange(min(num_calibration, len(world.train.y))))
     test = world.test.batch(torch.arange(min(num_test, len(world.test.y)) // 32 * 32))
     calibration, x = (_images(b.x) if as_images else b.x for b in (train, test))
-    return Subject(model, params, calibration, x, test.y, how)
+    return calibration, x, test.y
 
 
 def _images(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +15,16 @@ from typing import Any
 
 import torch
 from harness import results, subjects
+from harness.paths import BENCH
+from harness.processes import own_environment, run_child
 from harness.results import Options
 from harness.subjects import CNN, LARGE, MOBILENET, Subject
+from safetensors.torch import save
 from torch import Tensor
 
 from edgelearn.deploy.executorch import ExecuTorchPredictor, lower
 from edgelearn.runtime.measure import latency, refresh_ms
-from edgelearn.runtime.onnxruntime import exact_here
+from edgelearn.runtime.onnxruntime import OnnxPredictor, exact_here
 from edgelearn.runtime.protocol import Predictor, Runtime, make_runtime
 
 PART = "runtimes"
@@ -79,7 +84,7 @@ def measure(options: Options, asked: Asked | None = None) -> dict[str, Any]:
     benches: dict[str, _Bench] = {}
     for subject, one in known.items():
         for engine, (name, arguments) in engines.items():
-            benches[_name(subject, engine)] = _Served(make_runtime(name, arguments), one, asked)
+            benches[_name(subject, engine)] = _Served(name, arguments, one, asked)
         if find_spec("executorch"):
             benches[_name(subject, EXECUTORCH)] = _Lowered(one, asked)
 
@@ -124,6 +129,21 @@ def _name(subject: str, engine: str) -> str:
     return f"{subject}: {engine}"
 
 
+def _resident(runtime: str, data: bytes, subject: Subject, **asked: Any) -> dict[str, float]:
+    """Return what a process of its own holds that answers with a file's model."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        file = Path(folder) / "model"
+        file.write_bytes(data)
+        argument = {
+            "runtime": runtime, "file": str(file), "shape": list(subject.x.shape[1:]), **asked
+        }  # fmt: skip
+        command = [sys.executable, str(BENCH / "children" / "resident.py")]
+        ended = run_child(command, argument, environment=own_environment())
+    if ended.result is None:
+        raise RuntimeError(ended.error)
+    return {name: ended.result[name] for name in ("imported_mib", "answering_mib", "most_mib")}
+
+
 class _Bench:
     """A predictor for each size of a batch, and the way to one for new parameters."""
 
@@ -139,6 +159,7 @@ class _Bench:
                 found: dict[str, Any] = self._times()
                 if is_first:
                     found |= self._shares()
+            found |= self.resident()
             return {**found, **self.refreshed(), "bytes": self.predictors[1].model_bytes}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
@@ -149,6 +170,10 @@ class _Bench:
 
     def refreshed(self) -> dict[str, Any]:
         """Return the cost of new parameters."""
+        raise NotImplementedError
+
+    def resident(self) -> dict[str, float]:
+        """Return what a process that answers holds in memory."""
         raise NotImplementedError
 
     def _times(self) -> dict[str, float]:
@@ -181,9 +206,12 @@ class _Bench:
 class _Served(_Bench):
     """A runtime of edgelearn."""
 
-    def __init__(self, runtime: Runtime, subject: Subject, asked: Asked) -> None:
+    def __init__(
+        self, name: str, arguments: Mapping[str, Any], subject: Subject, asked: Asked
+    ) -> None:
         super().__init__(subject, asked)
-        self._runtime = runtime
+        self._name, self._arguments = name, dict(arguments)
+        self._runtime: Runtime = make_runtime(name, arguments)
 
     def prepare(self) -> None:
         if not self.predictors:
@@ -191,6 +219,15 @@ class _Served(_Bench):
             with torch.no_grad():
                 predict = self._runtime.prepare(one.model, one.params).calibrated(one.calibration)
             self.predictors = dict.fromkeys(BATCHES, predict)
+
+    def resident(self) -> dict[str, float]:
+        one, predict = self.subject, self.predictors[1]
+        if isinstance(predict, OnnxPredictor):
+            return _resident(self._name, predict.artefact, one)
+        return _resident(
+            self._name, save({"params": one.params}), one, runtime_args=self._arguments,
+            network=one.network, arguments=one.arguments,
+        )  # fmt: skip
 
     def refreshed(self) -> dict[str, Any]:
         one, found = self.subject, {}
@@ -219,11 +256,15 @@ class _Lowered(_Bench):
             artefact = lower(one.model, one.params, one.calibration, is_quantized=True, batch=batch)
             found[batch] = ExecuTorchPredictor(artefact, batch=batch)
             if batch == 1:
+                self._artefact = artefact
                 self._lower_ms = 1000 * (time.perf_counter() - begun)
         self.predictors = found
 
     def refreshed(self) -> dict[str, Any]:
         return {"recalibrate_ms": self._lower_ms}
+
+    def resident(self) -> dict[str, float]:
+        return _resident("executorch", self._artefact, self.subject)
 
 
 def _one_thread() -> None:
@@ -316,9 +357,11 @@ def section(result: dict[str, Any]) -> str:
         "parameters to a model that answers, activation ranges kept; *and ranges*: observed anew "
         f"on {config['num_calibration']} samples. ExecuTorch lowers a file anew, for one size of a "
         "batch. Agreement: the share of test inputs with the answer of the float model, and with "
-        "that of torch's int8, which is the reference in arithmetic, not in speed."
+        "that of torch's int8, which is the reference in arithmetic, not in speed. *Memory*: what "
+        "is resident in a process of its own that has answered 50 times, MiB; before it opened the "
+        "model in brackets, interpreter and libraries (ONNX Runtime's process has no torch)."
     )
-    titles = "b1 p50 | b1 p99 | b32 p50 | b32 p99 | new weights | and ranges | bytes"
+    titles = "b1 p50 | b1 p99 | b32 p50 | b32 p99 | new weights | and ranges | memory | bytes"
     lines = [head]
     for subject, how in config["subjects"].items():
         lines += [
@@ -326,15 +369,20 @@ def section(result: dict[str, Any]) -> str:
             f"**{subject}** ({how}; {config['num_test'][subject]:,} test inputs)",
             "",
             f"| runtime | {titles} | float's answer % | int8 torch's % | accuracy % |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for engine in config["engines"]:
             name = _name(subject, engine)
             if name in result["skipped"]:
-                lines.append(f"| {engine} | {result['skipped'][name]} |" + " |" * 9)
+                lines.append(f"| {engine} | {result['skipped'][name]} |" + " |" * 10)
                 continue
             fields = [f"b{b}_{p}_ms" for b in BATCHES for p in ("p50", "p99")]
             cells = [_cell(result, name, f) for f in [*fields, "refresh_ms", "recalibrate_ms"]]
+            held, libraries = (
+                results.median(results.values(result, name, field))
+                for field in ("answering_mib", "imported_mib")
+            )
+            cells.append("" if held is None else f"{held:.0f} ({libraries:.0f})")
             size = results.median(results.values(result, name, "bytes"))
             cells.append("" if size is None else f"{size:,.0f}")
             for share in ("agreement", "int8_agreement", "accuracy"):
