@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edgelearn.params import SHARED, FlatModel
 from edgelearn.runtime.int8_layers import Layer, QuantizedLayer, Rounded
 from edgelearn.runtime.network import Network, Operator, UnsupportedError
+from edgelearn.runtime.network_reader import read_network
 from edgelearn.runtime.observers import Observe, See
 from edgelearn.runtime.qdq import points_of
 
@@ -68,7 +69,7 @@ def form_of(model: FlatModel, shape: tuple[int, ...]) -> Form:
     if _is_quantized(model.module):
         return Layers(model.module)
     try:
-        network = Network.of(model, shape)
+        network = read_network(model, shape)
     except UnsupportedError:  # by other engines; here it is served layer by layer
         return Layers(model.module)
     layers = [step.layer for step in network.operators if step.layer is not None]

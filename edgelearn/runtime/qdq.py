@@ -33,6 +33,7 @@ from torch import Tensor
 from edgelearn.compress.quantize import activation_scale, least_step, most_bias, quantize_weight
 from edgelearn.params import FlatModel
 from edgelearn.runtime.network import Folded, Network, UnsupportedError
+from edgelearn.runtime.network_reader import read_network
 from edgelearn.runtime.observers import See
 from edgelearn.runtime.onnx_graph import CLIP_LIMITS, GraphWriter, prefix_of, type_of, zeros_name
 
@@ -107,7 +108,7 @@ class Template:
         Raises:
             UnsupportedError: If the network has an operator that is not supported.
         """
-        network = Network.of(model, shape)
+        network = read_network(model, shape)
         with torch.no_grad():
             folded = network.folded(model, model.initial())
             logits = network.evaluate(folded, torch.zeros(1, *shape))[network.output]

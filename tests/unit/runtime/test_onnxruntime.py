@@ -18,7 +18,8 @@ from edgelearn.compress.quantize import quantize_weight
 from edgelearn.errors import ExtraMissingError, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.int8 import Int8Runtime
-from edgelearn.runtime.network import Network, UnsupportedError
+from edgelearn.runtime.network import UnsupportedError
+from edgelearn.runtime.network_reader import read_network
 from edgelearn.runtime.observers import MinMax, ranges_of
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.runtime.qdq import points_of, quantized_numbers
@@ -242,7 +243,7 @@ def test_beside_codes_a_channel_has_a_scale_and_a_bias(name: str) -> None:
     channels = sum(len(layer.weight) for layer in layers)
     zeros = sum({len(layer.weight) for layer in layers if isinstance(layer, nn.Linear)})
     stored = sum(len(slot.raw_data) for slot in graph.initializer)
-    points = points_of(Network.of(model, shape))
+    points = points_of(read_network(model, shape))
     clips = 8 * any(node.op_type == "Clip" for node in graph.node)
     assert stored == codes + 8 * channels + zeros + 5 * len(points) + clips
 
@@ -337,7 +338,7 @@ def test_inputs_of_zeros_only_are_answered() -> None:
 
 def test_ranges_are_taken_where_values_stop_passing_on() -> None:
     model = made(NETWORKS["one after pooling"][0])
-    network = Network.of(model, (2, 8, 8))
+    network = read_network(model, (2, 8, 8))
     first, second = points_of(network)
     assert first.name == network.input
     assert len(second.carried) == 4  # convolution, pooling, ReLU, flattening
