@@ -1,8 +1,8 @@
 """What of a network is quantized: two forms, one of which a network has.
 
-As a graph: a network that `edgelearn.runtime.network` can read has batch norm folded into the layer
-before it, and values that enter a sum or an average are codes, which is what an engine for devices
-makes of it (`edgelearn.runtime.qdq`). Layer by layer: any other network (recurrent, attention, a
+As a graph: a network that `edgelearn.runtime.network_reader` can read has batch norm folded into
+the layer before it, and values that enter a sum or an average are codes, which is what an engine
+for devices makes of it (`edgelearn.runtime.qdq`). Layer by layer: any other network (recurrent, attention, a
 layer used twice) has integer layers, and everything between them stays float. Networks without
 norms, sums and averages are the same in both.
 """

@@ -281,7 +281,7 @@ class OnnxPrepared(RangedGroupPrepared):
 class OnnxRuntime:
     """Serve int8 weights and activations with ONNX Runtime; see the module.
 
-    Networks that it can serve are those of `edgelearn.runtime.network`; any other raises
+    Networks that it can serve are those of `edgelearn.runtime.network_reader`; any other raises
     `UnsupportedError` when it is first calibrated, and nothing is served in float instead.
 
     Args:
