@@ -2,9 +2,9 @@
 
 As a graph: a network that `edgelearn.runtime.network_reader` can read has batch norm folded into
 the layer before it, and values that enter a sum or an average are codes, which is what an engine
-for devices makes of it (`edgelearn.runtime.qdq`). Layer by layer: any other network (recurrent, attention, a
-layer used twice) has integer layers, and everything between them stays float. Networks without
-norms, sums and averages are the same in both.
+for devices makes of it (`edgelearn.runtime.qdq`). Layer by layer: any other network (recurrent,
+attention, a layer used twice) has integer layers, and everything between them stays float.
+Networks without norms, sums and averages are the same in both.
 """
 
 from __future__ import annotations
