@@ -1,10 +1,10 @@
 """What devices serve that keep their activation ranges, and how often these are observed.
 
-Runs a scenario with ranges observed for each model that is evaluated, and kept until they drift:
-the accuracy of the served model at the end and the largest difference from the float model in any
-evaluation, in per cent, pooled over all devices and experiences; and how many of the evaluations
-observed ranges on all calibration samples. Under a minute on an idle core:
-python benchmarks/ranges.py --seeds 3.
+Runs a scenario with ranges observed for each model that is evaluated, kept until they drift, and
+tracked in training besides. Prints the accuracy of the served model at the end and the largest
+difference from the float model in any evaluation, in per cent, pooled over all devices and
+experiences; and how many of the evaluations observed ranges on all calibration samples. Under a
+minute on an idle core: python benchmarks/ranges.py --seeds 3.
 """
 
 from __future__ import annotations

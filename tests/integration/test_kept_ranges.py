@@ -24,6 +24,7 @@ from edgelearn.scenario.world import build
 
 Make = Callable[..., Scenario]
 ON_DRIFT = {"recalibrate": "on-drift"}
+TRACKED = {"recalibrate": "tracked"}
 NUM_DEVICES = 6
 
 
@@ -99,9 +100,22 @@ def test_ranges_of_a_model_that_leaps_are_observed_each_time(small: Make, tmp_pa
     assert (tmp_path / "always" / "model.safetensors").read_bytes() == model
 
 
+def test_what_training_has_shown_need_not_be_observed(small: Make, tmp_path: Path) -> None:
+    """Each device serves the weights that it had after training, and has seen their ranges."""
+    (tmp_path / "doubling.py").write_text(DOUBLING)
+    wild = {
+        "client": {"strategy": f"{tmp_path}/doubling.py:Doubling", "args": {}},
+        "fleet": {"num_devices": NUM_DEVICES, "cohort": NUM_DEVICES},
+        "stream": {"num_experiences": 1, "rounds_per_experience": 3},
+    }
+    for runtime, expected in ((ON_DRIFT, 4), (TRACKED, 1)):
+        counts = result(small(**wild, runtime=runtime), tmp_path / runtime["recalibrate"])[-1]
+        assert counts == [expected] * NUM_DEVICES
+
+
 def test_any_number_of_workers(small: Make, tmp_path: Path) -> None:
     """And the ranges have no effect on learning."""
-    scenario, alone = small(runtime=ON_DRIFT), {"engine": "reference"}
+    scenario, alone = small(runtime=TRACKED), {"engine": "reference"}
     expected = result(scenario, tmp_path / "alone", **alone)
     assert NUM_DEVICES < sum(expected[-1]) < 5 * NUM_DEVICES
     assert result(scenario, tmp_path / "two", engine="pool", num_workers=2) == expected
@@ -111,7 +125,7 @@ def test_any_number_of_workers(small: Make, tmp_path: Path) -> None:
 
 def test_engines_agree(small: Make, tmp_path: Path) -> None:
     """To rounding in the weights, so in the ranges; `si` has memory that every engine writes."""
-    scenario = small(client={"strategy": "si", "args": {}}, runtime=ON_DRIFT)
+    scenario = small(client={"strategy": "si", "args": {}}, runtime=TRACKED)
     rows, _, _, counts = result(scenario, tmp_path / "reference", engine="reference")
     ranges = remembered(scenario, tmp_path / "reference", RANGES)
     for tier in ("batched", *["native"] * native.is_installed()):
@@ -127,7 +141,7 @@ class Crash(BaseException):
 
 
 def test_a_run_that_is_resumed_goes_on_with_its_ranges(small: Make, tmp_path: Path) -> None:
-    scenario = small(runtime=ON_DRIFT)
+    scenario = small(runtime=TRACKED)
     expected = result(scenario, tmp_path / "whole", checkpoint_every_s=0)
 
     def stop(progress: Any) -> None:

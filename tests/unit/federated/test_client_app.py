@@ -91,7 +91,7 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
         {"client.strategy": "replay+scaffold", "client.args": {}},
         {"client.strategy": "fedcurv+fedper", "client.args": {}},
         {"wire.codec": "int4"},
-        {"runtime.recalibrate": "on-drift"},
+        {"runtime.recalibrate": "tracked", "wire.codec": "int8"},
         {
             "wire.codec": "top-k",
             "wire.args": {"values": "int8"},
@@ -228,7 +228,7 @@ def test_it_does_so_with_what_was_not_sent_yet(tmp_path: Path) -> None:
 
 def test_ranges_stay_on_the_device_from_one_evaluation_to_the_next(tmp_path: Path) -> None:
     """Nothing of them is sent, and an interrupted run goes on with them."""
-    kept = {"runtime.recalibrate": "on-drift"}
+    kept = {"runtime.recalibrate": "tracked"}
     runs, seen = [], 0
     for name, stop_at in (("whole", 0), ("stopped", 6)):
         out, state = tmp_path / f"out-{name}", tmp_path / f"state-{name}"

@@ -225,3 +225,28 @@ def test_a_table_may_be_longer_than_the_places_are(model: FlatModel) -> None:
     assert torch.equal(new.ranges[0], torch.stack([x.min(), x.max()]))
     assert kept.num_observed == 0
     assert bool((kept.table == 7).all())
+
+
+@torch.no_grad()
+def test_ranges_widen_with_what_a_probe_spans() -> None:
+    places = Places((8,), ("a", "b"))
+    table = torch.tensor([[0.0, 4.0, 1.0, 3.0], [-1.0, 1.0, -0.5, 0.5]])
+    kept = Kept(places, table, num_observed=2)
+
+    def seen(*pairs: tuple[float, float]) -> Observed:
+        ends = [(torch.tensor(low), torch.tensor(high)) for low, high in pairs]
+        return Observed((8,), dict(zip(("a", "b"), ends, strict=True)))
+
+    wider = kept.widened(seen((2.0, 5.0), (-0.75, 0.0)))
+    assert wider is not None
+    expected = torch.tensor([[0.0, 5.0, 1.0, 5.0], [-1.0, 1.0, -0.75, 0.5]])
+    assert torch.equal(wider.table, expected)
+    assert wider.num_observed == 2
+    assert wider.fits(seen((1.0, 5.0), (-0.75, 0.5)))
+    assert not kept.fits(seen((1.0, 5.0), (-0.75, 0.5)))
+    assert not wider.fits(seen((1.0, 2.9), (-0.75, 0.5)))  # less than half of what it spanned
+    assert wider.widened(seen((2.0, 3.0), (0.0, 0.1))) is None
+    assert kept.widened(seen((2.0, float("inf")), (0.0, 0.1))) is None
+    assert kept.widened(Observed((8,), {"a": (torch.tensor(0.0), torch.tensor(9.0))})) is None
+    assert Kept.none(places).widened(seen((2.0, 5.0), (0.0, 1.0))) is None
+    assert torch.equal(kept.table, table)
