@@ -48,8 +48,13 @@ class Row:
 
 
 def num_observed(scenario: Scenario, directory: Path) -> int:
-    """Return how often devices that keep their ranges observed them in a finished run."""
+    """Return how often devices observed the ranges that they keep in a finished run.
+
+    All devices have to hold the same network.
+    """
     learners, count = FleetLearners(build(scenario)), scenario.fleet.num_devices
+    if NUM_OBSERVED not in learners.whole.declaration:  # the runtime has no ranges
+        return 0
     checkpoint = FileJournal(directory).resume()
     assert checkpoint is not None
     store = FleetStore(
