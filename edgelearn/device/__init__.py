@@ -3,5 +3,6 @@
 `learner` trains and consolidates with a client strategy; `evaluate` measures what the device
 serves; `store` and `fleet_store` keep state, for one real device and for a simulated fleet;
 `resident` is a real device under a server, which stores samples and forgets them in time;
-`profile` says what a kind of device can do; `loop` is infer -> feedback -> learn.
+`profile` says what a kind of device can do; `runtimes` what it serves with and the activation
+ranges that it keeps, which `tracking` widens after training; `loop` is infer -> feedback -> learn.
 """

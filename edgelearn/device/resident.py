@@ -21,6 +21,7 @@ from edgelearn.device.evaluate import Counts, evaluate
 from edgelearn.device.learner import Learner
 from edgelearn.device.runtimes import kept_in, places_of, remembered
 from edgelearn.device.store import Answer, DeviceStore, Stored
+from edgelearn.device.tracking import Tracker
 from edgelearn.errors import StateError
 from edgelearn.runtime.protocol import Runtime
 from edgelearn.scenario.samples import OwnedSamples, Samples
@@ -119,6 +120,10 @@ class ResidentDevice:
             )
             if admit is not None:
                 admit(fit.update)
+            if (tracker := Tracker.of(self._world, self._learner, self._runtime)) is not None:
+                samples = data.samples(position, server_round=server_round)
+                delta = self._learner.layout.flatten(fit.update.arrays)
+                fit = replace(fit, state=tracker.after(fit.state, params, delta, samples))
             fit = self._learner.encode(fit, server_round=server_round, device=self._device)
         answer = Answer(server_round, question, fit.update)
         return fit.update, self._forget(replace(stored, state=fit.state, answer=answer), data)

@@ -28,6 +28,7 @@ from edgelearn.continual.strategy import ROUND_HOOKS
 from edgelearn.device.fleet_store import UNWRITTEN
 from edgelearn.device.learner import Learner, make_learner
 from edgelearn.device.stacked import Devices, StackTrained, train_stack
+from edgelearn.device.tracking import Trackers
 from edgelearn.device.training import Training
 from edgelearn.device.vmapped import Learners, train_vmapped
 from edgelearn.fleet import together
@@ -160,6 +161,7 @@ class BatchedEngine:
         self._stack = None
         if _not_written_out(world, self._learner) is None:
             self._stack = Stack.of(self._learner.model, world.sample_shape)
+        self._trackers = Trackers.of(world)
         self._rows = max(rows_in_cache(self._learner.model.layout.size), 1)
 
     @property
@@ -208,6 +210,7 @@ class BatchedEngine:
             self._memories,
             train,
             self._rest.run,
+            self._trackers,
         )
 
     def _fit_vmapped(self, cohort: CohortFit, params: Tensor, updates: Tensor) -> CohortDone:

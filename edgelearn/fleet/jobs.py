@@ -187,6 +187,11 @@ class CohortDone:
         losses, norms = np.zeros(size), np.zeros(size)
         return cls(counts[0], losses, counts[1], counts[2], norms, progress)
 
+    def fail(self, row: int, device: int, error: Exception) -> None:
+        """Note why a device failed; its own log has it all."""
+        _log.warning("device %d: %s: %s", device, type(error).__name__, error)
+        self.errors[row] = egress.reason_of(error)
+
     def take(self, done: Done) -> None:
         """Fill in the row of one job."""
         row = done.row

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from edgelearn.continual.strategy import Pull, Rehearsal
 from edgelearn.device.learner import Learner, make_learner
+from edgelearn.device.tracking import Trackers
 from edgelearn.fleet import together
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job
 from edgelearn.fleet.reference import ReferenceEngine
@@ -87,6 +88,7 @@ class NativeEngine:
         self._memories = together.open_memories(world, self._learner, store_path)
         self._plan = _plan(Stack.of(self._learner.model, world.sample_shape))
         self._data = _data(world)
+        self._trackers = Trackers.of(world)
 
     @property
     def name(self) -> str:
@@ -113,6 +115,7 @@ class NativeEngine:
             self._memories,
             self._train,
             self._rest.run,
+            self._trackers,
         )
 
     def mean(self, updates: Tensor, weights: NDArray[np.float64]) -> Tensor:

@@ -15,9 +15,11 @@ from torch import Tensor
 from edgelearn.compress.codec import Codec, decoded, encoded
 from edgelearn.device.fleet_store import RecordFile, RecordLayout
 from edgelearn.device.learner import Learner, refuse_divergence
+from edgelearn.device.tracking import Trackers
 from edgelearn.errors import DivergenceError
 from edgelearn.federated import egress
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Integers, Job, Phase
+from edgelearn.fleet.tracked import track
 from edgelearn.scenario.spec import ALL
 from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split_all
@@ -121,6 +123,7 @@ def fit(
     memories: RecordFile,
     train: Train,
     rest: Run,
+    trackers: Trackers | None = None,
 ) -> CohortDone:
     """Train a cohort.
 
@@ -133,6 +136,7 @@ def fit(
         memories: What the devices remember.
         train: Trains devices that have nothing to do but to train, in one go.
         rest: Does the jobs of devices that have to catch up first.
+        trackers: Look at the ranges of devices that track theirs.
     """
     done = CohortDone.empty(cohort)
     behind = cohort.consolidated < cohort.position
@@ -152,6 +156,9 @@ def fit(
             row, loss = int(rows[index]), float(found.loss[index])
             done.errors[row] = _divergence(int(cohort.devices[row]), cohort.server_round, loss)
             target[index] = 0
+        wider: dict[int, dict[str, Tensor]] = {}
+        if trackers is not None:
+            wider = track(trackers, part, params, target, rows, world, memories, done)
         if learner.codec is not None:
             for index, row in enumerate(rows.tolist()):
                 if row not in done.errors:
@@ -165,13 +172,17 @@ def fit(
         for name in ("loss", "num_steps", "num_samples", "norms"):
             getattr(done, name)[kept] = getattr(found, name)[well]
         done.progress[kept, 0] = cohort.position + 1
-        for index in np.flatnonzero(well & (found.num_steps > 0)).tolist() if found.kept else ():
+        changed = set(np.flatnonzero(found.num_steps > 0).tolist()) if found.kept else set()
+        for index in sorted(changed | wider.keys()):
             row = int(rows[index])
+            if row in done.errors:
+                continue
             done.checksums[row] = memories.rewrite(
                 int(cohort.devices[row]),
                 int(cohort.read_slots[row]),
                 int(cohort.write_slots[row]),
-                {name: tensor[index] for name, tensor in found.kept.items()},
+                {n: t[index] for n, t in found.kept.items() if index in changed}
+                | wider.get(index, {}),
             )
     if behind.any():
         late = np.flatnonzero(behind)
@@ -229,8 +240,7 @@ def _send(
         egress.message_schema(codec, layout).admit(message, {})
         update.copy_(decoded(codec, layout, message))
     except Exception as error:
-        _log.warning("device %d: %s: %s", device, type(error).__name__, error)
-        done.errors[row] = egress.reason_of(error)
+        done.fail(row, device, error)
         update.zero_()
         return 0.0
     done.messages[row] = {name: value.numpy() for name, value in message.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -16,6 +16,7 @@ from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
 from edgelearn.device.learner import DeviceState
 from edgelearn.device.learners import FleetLearners
 from edgelearn.device.runtimes import kept_in, places_of, remembered
+from edgelearn.device.tracking import Tracker
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs
 from edgelearn.fleet.jobs import Done, Job, Phase, failure
@@ -96,6 +97,7 @@ class Workbench:
         self._file = RecordFile(store_path, learners.record(kind), count)
         self._prepared: tuple[int, Prepared] | None = None
         self._places = places_of(world, self._runtime, learner.model)
+        self._tracker = Tracker.of(world, learner, self._runtime)
         layout, codec, detects = learner.layout, learner.codec, learner.detector is not None
         self._sent = egress.sent_schema(codec, layout, detects=detects)
         self._schemas = {
@@ -166,6 +168,10 @@ class Workbench:
         )
         schema.admit(fit.update.arrays, fit.update.metrics)
         layout, codec, message = learner.layout, learner.codec, None
+        if self._tracker is not None:
+            samples = data.samples(job.position, server_round=job.server_round)
+            delta = layout.flatten(fit.update.arrays)
+            fit = replace(fit, state=self._tracker.after(fit.state, params, delta, samples))
         if codec is None:
             for name, view in layout.views(update).items():
                 view.copy_(fit.update.arrays[name])

@@ -2,7 +2,8 @@
 
 A device that learns serves new weights again and again, and most of the time its activations stay
 where they were. A few of its samples show whether they do; only if not, ranges are observed on all
-of its calibration samples.
+of its calibration samples. Ranges may also widen with what is seen after training, so that fewer
+drift.
 """
 
 from __future__ import annotations
@@ -160,6 +161,22 @@ class Kept:
         table = self.table.clone()
         table[: len(self.places.names)] = torch.cat([ranges, now], -1)
         return replace(self, table=table, num_observed=self.num_observed + 1)
+
+    def widened(self, now: Observed) -> Kept | None:
+        """Return ranges that hold what a probe spans, too; None if nothing is to change.
+
+        Those of the probe then are widened with them, so that both bounds of `Probe` still say what
+        they say. Numbers that are not finite are left to the next evaluation.
+        """
+        if not self.num_observed or not self.places.hold(now):
+            return None
+        table, seen = self.table.clone(), self.places.pack(now)
+        rows = table[: len(self.places.names)]
+        rows[:, 0::2] = torch.minimum(rows[:, 0::2], seen[:, :1])
+        rows[:, 1::2] = torch.maximum(rows[:, 1::2], seen[:, 1:])
+        if torch.equal(table, self.table) or not bool(torch.isfinite(table).all()):
+            return None
+        return replace(self, table=table)
 
 
 def calibrated(

@@ -34,7 +34,7 @@ DETECTORS = ("page-hinkley", "adwin")
 REACHES = ("neighbours", "all")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 ENGINES = ("auto", "reference", "pool", "batched", "native", "ray")
-RECALIBRATIONS = ("always", "on-drift")
+RECALIBRATIONS = ("always", "on-drift", "tracked")
 FEDERATIONS = ("auto", "faithful", "fused")
 ALL = "all"
 # Keys that a digest has only where they are not as they were before they existed, by table.
@@ -267,7 +267,12 @@ class RuntimeSpec:
     @property
     def keeps_ranges(self) -> bool:
         """Whether a device keeps ranges from one model to the next."""
-        return self.recalibrate == "on-drift"
+        return self.recalibrate != "always"
+
+    @property
+    def tracks_ranges(self) -> bool:
+        """Whether it widens them by what it sees after training."""
+        return self.recalibrate == "tracked"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

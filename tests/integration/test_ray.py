@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 def test_the_same_bits_as_one_machine(
     small: Make, tmp_path: Path, client: str, federation: str
 ) -> None:
-    scenario = small(client={"strategy": client, "args": {}})
+    keeps_ranges = {"recalibrate": "tracked" if client == "ewc" else "always"}
+    scenario = small(client={"strategy": client, "args": {}}, runtime=keeps_ranges)
     record = simulate(
         scenario, out=tmp_path / "ray", engine="ray", num_workers=2, federation=federation
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
-from edgelearn.runtime.int8 import Int8Runtime
-from edgelearn.runtime.protocol import Prepared
+from edgelearn.runtime.int8 import Int8Prepared, Int8Runtime
+from edgelearn.runtime.protocol import GroupPrepared, Observed, Prepared, RangedPrepared, Rows
+from edgelearn.runtime.ranges import Kept, Places
 from edgelearn.scenario.models import cnn, mlp
 from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.world import World, build
@@ -133,6 +135,75 @@ def test_networks_that_mix_rows_go_one_by_one(
     )
     evaluate_group(model, model.initial(), prepared, trials)
     assert bool(asked) == runs_whole
+
+
+@pytest.mark.parametrize("name", ["mlp", "folded"])
+def test_devices_that_keep_ranges_are_evaluated_as_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In a group by one pass over the probes and one over samples of those that drifted."""
+    world, model = world_of("class-incremental"), made(name)
+    params, runtime = model.initial(), Int8Runtime()
+    prepared, none = runtime.prepare(model, params), Kept.none(Places.of(runtime, model, SHAPE))
+    trials = [replace(trial, kept=none) for trial in trials_of(world)]
+    passes: list[int] = []
+    original = Int8Prepared.observed_group
+
+    def watched(self: Int8Prepared, rows: Iterable[Rows], **options: int) -> Observed:
+        found = list(rows)
+        passes.append(sum(len(part.x) for part in found))
+        return original(self, found, **options)
+
+    monkeypatch.setattr(Int8Prepared, "observed_group", watched)
+    expected = [
+        evaluate(model, params, prepared, t.calibration.batch().x, t.tests, kept=t.kept)
+        for t in trials
+    ]
+    first = evaluate_group(model, params, prepared, trials)
+    assert first == expected == evaluate_group(model, params, prepared, trials_of(world))
+    sizes = [len(trial.calibration) for trial in trials]
+    probes = sum(min(size, 8) for size in sizes)
+    assert [c.kept is not None for c in first] == [size > 0 for size in sizes]
+    if name == "mlp":
+        assert passes[:2] == [probes, sum(sizes)]
+    for found, alone in zip(first, expected, strict=True):
+        assert found.kept is None or torch.allclose(found.kept.table, alone.kept.table)
+    passes.clear()
+    again = [replace(t, kept=c.kept or t.kept) for t, c in zip(trials, first, strict=True)]
+    second = evaluate_group(model, params, prepared, again)
+    assert second == first
+    assert [c.kept for c in second] == [None] * 6
+    assert passes == ([probes] if name == "mlp" else [])
+
+
+def test_a_runtime_that_knows_ranges_of_one_device_only_is_asked_for_each() -> None:
+    world, model = world_of("class-incremental"), made("mlp")
+    params, runtime = model.initial(), Int8Runtime()
+    none = Kept.none(Places.of(runtime, model, SHAPE))
+    trials = [replace(trial, kept=none) for trial in trials_of(world)]
+
+    class Single(GroupPrepared, RangedPrepared):
+        def __init__(self) -> None:
+            self.prepared, self.asked = runtime.prepare(model, params), 0
+
+        def calibrated(self, calibration: Tensor) -> Any:
+            return self.prepared.calibrated(calibration)
+
+        def calibrated_group(self, calibration: Any, *, num_devices: int) -> Any:
+            return self.prepared.calibrated_group(calibration, num_devices=num_devices)
+
+        def observed(self, x: Tensor) -> Observed:
+            self.asked += 1
+            return self.prepared.observed(x)
+
+        def within(self, observed: Observed) -> Any:
+            return self.prepared.within(observed)
+
+    single = Single()
+    found = evaluate_group(model, params, single, trials)
+    assert found == evaluate_group(model, params, single.prepared, trials)
+    assert single.asked == 2 * 4  # a probe and all samples of each device that has some
+    assert [c.kept is None for c in found] == [len(t.calibration) == 0 for t in trials]
 
 
 @pytest.mark.parametrize("which", [[], [5], [2, 5], [5, 5]])

@@ -42,6 +42,7 @@ OVERRIDES: dict[str, Any] = {
     "client.epochs": 1,
 }
 Reply = Message
+EVALUATED = {"num-examples", "model-bytes", "count", "served", "float"}
 
 
 def run_config(state: Path, **more: Any) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
         {"client.strategy": "replay+scaffold", "client.args": {}},
         {"client.strategy": "fedcurv+fedper", "client.args": {}},
         {"wire.codec": "int4"},
+        {"runtime.recalibrate": "tracked", "wire.codec": "int8"},
         {
             "wire.codec": "top-k",
             "wire.args": {"values": "int8"},
@@ -111,6 +113,7 @@ def states(root: Path) -> list[dict[str, torch.Tensor]]:
         "control variates",
         "curvature and heads",
         "4 bits",
+        "kept ranges",
         "error feedback",
         "different networks",
     ],
@@ -221,6 +224,48 @@ def test_it_does_so_with_what_was_not_sent_yet(tmp_path: Path) -> None:
         assert serve(fleet(config), config).is_complete
         resumed = load_file(out / "model.safetensors")
         assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_ranges_stay_on_the_device_from_one_evaluation_to_the_next(tmp_path: Path) -> None:
+    """Nothing of them is sent, and an interrupted run goes on with them."""
+    kept = {"runtime.recalibrate": "tracked"}
+    runs, seen = [], 0
+    for name, stop_at in (("whole", 0), ("stopped", 6)):
+        out, state = tmp_path / f"out-{name}", tmp_path / f"state-{name}"
+        config = run_config(state, out=str(out), overrides=kept)
+        grid = fleet(config)
+        pushes, push, pull = 0, grid.push_messages, grid.pull_messages
+
+        def push_some(messages: Any, push: Any = push, stop_at: int = stop_at) -> Any:
+            nonlocal pushes
+            pushes += 1
+            ids = push(messages)  # evaluated and committed: the answers are lost
+            if pushes == stop_at:
+                raise KeyboardInterrupt
+            return ids
+
+        def pull_all(ids: Any, pull: Any = pull) -> Any:
+            nonlocal seen
+            found = list(pull(ids))
+            for reply in found:
+                if reply.metadata.message_type.startswith("evaluate"):
+                    assert {*wire.metrics_of(reply)} == EVALUATED
+                    assert not reply.content.array_records
+                    seen += 1
+            return found
+
+        grid.push_messages, grid.pull_messages = push_some, pull_all  # type: ignore[method-assign]
+        if stop_at:
+            with pytest.raises(KeyboardInterrupt):
+                serve(grid, config)
+            grid = fleet(config)
+        found = accuracies(serve(grid, config))
+        tables = [s["memory.kept-ranges"].tolist() for s in states(state)]
+        counts = [int(s["memory.kept-ranges-observed"]) for s in states(state)]
+        runs.append((found, tables, counts))
+    assert runs[0] == runs[1]
+    assert seen >= 5 * 4
+    assert 4 < sum(runs[0][2]) < 5 * 4  # less often than each of four devices was evaluated
 
 
 def test_a_server_that_cannot_decode_is_refused(tmp_path: Path) -> None:

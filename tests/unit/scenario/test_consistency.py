@@ -111,6 +111,7 @@ def test_later_options_are_in_the_digest_only_where_they_are_set(raw):
         ("fleet.width", {}, {"phone-mid": 0.5}),
         ("fleet.runtime_args", {}, {"phone-mid": {"weight_bits": 4}}),
         ("model.variants", {}, small),
+        ("runtime.recalibrate", "always", "on-drift"),
     ):
         assert from_dict(raw, overrides={key: default}).digest == plain.digest
         assert from_dict(raw, overrides={key: other}).digest != plain.digest

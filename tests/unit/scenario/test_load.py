@@ -194,6 +194,7 @@ def test_everything_is_missing():
         ("model", "name", "~nobody-here/x.py:net", "no file "),
         ("server", "strategy", "~nobody-here/x.py:net", "no file "),
         ("runtime", "name", "int9", "(did you mean 'int8'?)"),
+        ("runtime", "recalibrate", "on-drfit", "(did you mean 'on-drift'?); allowed: always, on"),
         ("wire", "codec", "int4+lmza", "(did you mean 'int4+lzma'?); allowed: none, "),
         ("wire", "codec", "topk", "behind one of them +lzma"),
         ("evaluate", "num_devices", 7, "got 7; at most 6 is allowed"),
