@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor
 
 import edgelearn.federated._flwr_compat as compat
 from edgelearn.compress.submodel import Holdings
+from edgelearn.device.budget import budget_faults
 from edgelearn.device.fleet_store import FleetStore
 from edgelearn.device.learners import FleetLearners
 from edgelearn.device.profile import Profile, assign
-from edgelearn.errors import Fault, RunError, ScenarioError, nearest
+from edgelearn.errors import RunError, ScenarioError, nearest
 from edgelearn.federated import rundir
 from edgelearn.federated.by_cohort import AVERAGING, ByCohort, averages
 from edgelearn.federated.by_message import ByMessage
@@ -157,7 +158,10 @@ def _prepare(scenario: Scenario, options: _Options) -> _Setup:
         learners.of_kind(kind)
         learners.runtime(kind)
     profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
-    _check_budgets(learners, profiles, scenario)
+    with one_thread():
+        faults = list(budget_faults(world, learners, profiles))
+    if faults:
+        raise ScenarioError(scenario.name, faults)
     plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
     strategy = make_server_strategy(scenario)
     refuse_to_step(strategy, learner.layout, scenario)
@@ -261,23 +265,3 @@ def _flops(setup: _Setup) -> NDArray[np.float64]:
     world, learners, kinds = setup.world, setup.learners, setup.world.kinds
     of_kind = [forward_flops(world, learners.of_kind(kind).model) for kind in kinds.kinds]
     return np.array(of_kind)[kinds.places_of(len(setup.profiles))]
-
-
-def _check_budgets(
-    learners: FleetLearners, profiles: Sequence[Profile], scenario: Scenario
-) -> None:
-    """Refuse a scenario whose learning does not fit a device's memory."""
-    places = learners.kinds.places_of(len(profiles)).tolist()
-    # Parameters, gradients and the float copy in service; the strategy's memory; one batch.
-    for place, profile in {
-        (place, p.name): (place, p) for place, p in zip(places, profiles, strict=True)
-    }.values():
-        learner = learners.of_kind(learners.kinds.kinds[place])
-        needed = 3 * 4 * learner.model.layout.size + learner.memory_bytes
-        needed += scenario.client.batch_size * 4 * learner.facts.sample_bytes
-        if needed > profile.memory_mib * 2**20:
-            message = (
-                f"learning needs {needed / 2**20:.1f} MiB (parameters, gradients, memory of "
-                f"{scenario.client.strategy!r}), {profile.name} has {profile.memory_mib:g} MiB"
-            )
-            raise ScenarioError(scenario.name, [Fault("fleet.profiles", profile.name, message)])
