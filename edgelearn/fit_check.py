@@ -19,8 +19,6 @@ from edgelearn.scenario.kinds import kinds_with
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import build
 
-_MIB = 2**20
-
 
 @dataclass(frozen=True, slots=True)
 class FitCheck:
@@ -98,25 +96,22 @@ def check_fit(
     )
 
 
-def fit_check(
-    scenario: Scenario, profile: str | None, *, overhead_mib: float, as_json: bool
-) -> bool:
-    """Run the command; return whether everything fits.
+def profiles_of(reference: str | None) -> list[Profile]:
+    """Return a profile by name or path, or all built-in ones.
 
-    Args:
-        scenario: What is learned, and how.
-        profile: Name or path of a profile; None is all built-in ones.
-        overhead_mib: What interpreter, libraries and system take.
-        as_json: Whether JSON is printed instead of tables.
+    Raises:
+        ScenarioError: If it is missing or has faults.
     """
-    names = [profile] if profile else sorted(path.stem for path in folder().glob("*.toml"))
-    profiles = [load_profile(name) for name in names]
-    check = check_fit(scenario, profiles, overhead_bytes=int(overhead_mib * _MIB))
+    names = [reference] if reference else sorted(path.stem for path in folder().glob("*.toml"))
+    return [load_profile(name) for name in names]
+
+
+def print_check(check: FitCheck, *, as_json: bool) -> None:
+    """Print what was found, as JSON or as tables."""
     if as_json:
         print(json.dumps(check.as_dict(), indent=1))
     else:
         show(check)
-    return check.fits
 
 
 def show(check: FitCheck) -> None:
