@@ -55,7 +55,9 @@ def test_each_stage_has_a_row_that_says_what_the_network_costs(done: tuple[Repor
         assert (row.parameters, row.nonzero, row.macs) == (172, found.nonzero, 16 * 8 + 8 * 4)
         assert 0 < row.p50_ms <= row.p99_ms
     assert [row.nonzero for row in report.rows[1:3]] == [172, 172 - 80]
-    assert [row.runtime for row in report.rows] == ["float, torch"] * 3 + ["int8"] * 2
+    assert [row.runtime for row in report.rows] == ["float, torch"] * 3 + [
+        "int8, 8-bit weights"
+    ] * 2
     assert report.rows[0].accuracy < report.rows[1].accuracy == 1.0
 
 
@@ -141,6 +143,13 @@ def test_faults_are_told_before_anything_is_done(
         with pytest.raises(kind, match=message):
             small(out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_says_how_many_bits_are_served() -> None:
+    report = small(pipeline="quantize(4, args={weight_bits=4})")
+    assert [row.runtime for row in report.rows] == ["float, torch", "int8, 4-bit weights"]
+    seen = small(pipeline="quantize(4)")
+    assert seen.rows[1].runtime == "int8, 8-bit weights", "by default codes of 4 are served as 8"
 
 
 def test_onnxruntime_executes_float_and_integers_alike(tmp_path: Path) -> None:
