@@ -38,7 +38,8 @@ class Row:
         stage: The stage as it is written; "given" before the first.
         parameters: Of the network.
         nonzero: Those of them that are not 0.
-        macs: Multiply-accumulates for one input, zeros included.
+        macs: Multiply-accumulates for one input, zeros included; None if they can't be counted.
+        uncounted: The operator that can't be; "" if all are counted.
         memory_bytes: What the runtime keeps to answer, as it counts it.
         disk_bytes: Of the file.
         accuracy: Share of right answers on the test samples, in [0, 1].
@@ -53,7 +54,8 @@ class Row:
     stage: str
     parameters: int
     nonzero: int
-    macs: int
+    macs: int | None
+    uncounted: str
     memory_bytes: int
     disk_bytes: int
     accuracy: float
@@ -130,6 +132,7 @@ class Scale:
             "parameters": found.parameters,
             "nonzero": found.nonzero,
             "macs": found.macs,
+            "uncounted": found.uncounted,
             "memory_bytes": measured.model_bytes,
             "disk_bytes": len(artefact.data),
             "accuracy": measured.accuracy,
