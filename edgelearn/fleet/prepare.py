@@ -71,14 +71,15 @@ class _Faults:
 
         Args:
             build: Builds it.
-            table: Where the name stands of what may lead nowhere.
+            table: Where it is named, for errors that do not say so.
             key: Likewise.
         """
         try:
             return build()
         except ScenarioError as error:
             self.add(error.faults)
-        except PluginError as error:  # of what is built upon it, it is the same fault again
+        except (PluginError, RunError) as error:
+            # Of what is built upon it, it is the same fault again.
             if all(fault.message != str(error) for fault in self.found):
                 self.add([Fault(table, key, str(error))])
         return None

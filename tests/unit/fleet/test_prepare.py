@@ -9,9 +9,13 @@ import pytest
 from torch import nn
 
 from edgelearn.cli import main
-from edgelearn.errors import Fault, ScenarioError
+from edgelearn.continual.memory import Declaration
+from edgelearn.continual.naive import Naive
+from edgelearn.continual.strategy import Facts
+from edgelearn.errors import Fault, RunError, ScenarioError
 from edgelearn.fleet.prepare import prepare
 from edgelearn.fleet.simulate import simulate
+from edgelearn.params import FlatModel
 from edgelearn.scenario.load import to_toml
 from edgelearn.testing.toy import NUM_CLASSES, SHAPE, toy_scenario
 
@@ -27,6 +31,13 @@ def tanh_network(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module
 def narrow_network(**_: Any) -> nn.Module:
     """A network for samples of another size."""
     return nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+
+
+class Demanding(Naive):
+    """A strategy that can't do with just any network."""
+
+    def declare(self, model: FlatModel, facts: Facts) -> Declaration:
+        raise RunError("a network of 7 parameters is needed")
 
 
 def board(folder: Path, text: str = "") -> str:
@@ -85,6 +96,11 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         {"client": {"strategy": "scaffold"}, "server": {"strategy": "FedAdam"}},
         "server.strategy",
         "FedAdam makes steps of its own",
+    ),
+    "a strategy that can't learn so": (
+        {"client": {"strategy": f"{__file__}:Demanding"}},
+        "model.name",
+        "a network of 7 parameters is needed",
     ),
     "a class that is not in its module": (
         {"client": {"strategy": "edgelearn.continual.naive:Niave"}},
