@@ -19,8 +19,8 @@ import torch
 from edgelearn.continual.memory import SampleSpec
 from edgelearn.device.counting import Count
 from edgelearn.device.footprint import Needs, needs
-from edgelearn.device.learner import Learner, make_learner
-from edgelearn.device.learners import FleetLearners, runtime_of
+from edgelearn.device.learner import Learner
+from edgelearn.device.learners import FleetLearners, make_learner, runtime_of
 from edgelearn.device.profile import Profile
 from edgelearn.device.training import decoded_at_once
 from edgelearn.errors import Fault, ScenarioError

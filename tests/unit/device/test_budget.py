@@ -11,8 +11,7 @@ import pytest
 from edgelearn.continual.naive import Naive
 from edgelearn.device import budget
 from edgelearn.device.budget import Ways, at_least, at_most, budget_faults, candidates
-from edgelearn.device.learner import make_learner
-from edgelearn.device.learners import FleetLearners
+from edgelearn.device.learners import FleetLearners, make_learner
 from edgelearn.device.profile import assign
 from edgelearn.errors import Fault, ScenarioError
 from edgelearn.fleet.simulate import simulate

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import edgelearn
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.loop import DeviceLoop
 from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import DivergenceError, StateError
