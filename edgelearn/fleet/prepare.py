@@ -107,13 +107,14 @@ def prepare(scenario: Scenario) -> Parts:
     learners = FleetLearners(world)
     with one_thread():
         _check_learners(world, learners, server, faults)
-        if faults.found or server is None:
+        holdings = None if faults.found else faults.attempt(learners.holdings, "fleet", "width")
+        if holdings is None or server is None:
             raise ScenarioError(scenario.name, faults.found)
         profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
         faults.add(budget_faults(world, learners, profiles))
     if faults.found:
         raise ScenarioError(scenario.name, faults.found)
-    return Parts(world, learners, learners.holdings(), server, profiles)
+    return Parts(world, learners, holdings, server, profiles)
 
 
 def _checked_alone(scenario: Scenario, faults: _Faults) -> Strategy | None:
@@ -156,8 +157,6 @@ def _check_learners(
         runtime = faults.attempt(partial(learners.runtime, kind), "runtime", "name")
         if learner is not None and runtime is not None:
             faults.add(_answer_faults(world, kind, learner, runtime))
-    if not faults.found:
-        faults.attempt(learners.holdings, "fleet", "width")
 
 
 def _answer_faults(world: World, kind: Kind, learner: Learner, runtime: Runtime) -> Iterator[Fault]:
