@@ -19,7 +19,7 @@ from typing import Any
 import edgelearn
 from edgelearn.continual.memory import kept
 from edgelearn.continual.storage import KINDS
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import build
 

@@ -7,19 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgelearn.compress.codec import make_codec
-from edgelearn.continual.strategy import make_strategy
-from edgelearn.device.drift import make_detector
-from edgelearn.device.profile import assign
-from edgelearn.device.runtimes import runtime_of
-from edgelearn.errors import Fault, ScenarioError
+from edgelearn.errors import DatasetError, Fault, ScenarioError
 from edgelearn.federated.record import RunRecord
-from edgelearn.federated.server import make_server_strategy
+from edgelearn.fleet.prepare import prepare
 from edgelearn.fleet.simulate import simulate
-from edgelearn.scenario.kinds import kinds_of
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.load import load as load_file
-from edgelearn.scenario.presence import presence
 from edgelearn.scenario.spec import Scenario
 
 __all__ = ["compare", "load", "simulate"]
@@ -87,31 +80,22 @@ def compare(
     }
 
 
-def _make_runtimes(scenario: Scenario) -> None:
-    for kind in kinds_of(scenario).kinds:
-        runtime_of(scenario, kind)
+def validate(scenario: Scenario) -> DatasetError | None:
+    """Build all that a run of a scenario would be built from, so that its faults show.
 
+    Nothing is downloaded for it. Where the data is not on this machine, only what needs none is
+    checked.
 
-def check_plugins(scenario: Scenario) -> None:
-    """Build every plug-in that a scenario names, so that faults in their arguments show.
+    Returns:
+        Why the data could not be had; None if everything was checked.
 
     Raises:
-        ScenarioError: With the faults of all plug-ins.
-        PluginError: If a reference leads nowhere.
+        ScenarioError: With all faults, those that a run would be refused for.
+        ExtraMissingError: If a package is not installed that the scenario needs.
     """
-    faults: list[Fault] = []
-    for build in (
-        lambda: make_strategy(scenario.client.strategy, scenario.client.args),
-        lambda: make_server_strategy(scenario),
-        lambda: _make_runtimes(scenario),
-        lambda: make_codec(scenario.wire.codec, scenario.wire.args),
-        lambda: assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed),
-        lambda: make_detector(scenario.stream.detector, scenario.stream.detector_args),
-        lambda: presence(scenario.fleet, scenario.stream.num_experiences, scenario.seed),
-    ):
-        try:
-            build()
-        except ScenarioError as error:
-            faults += error.faults
-    if faults:
-        raise ScenarioError(scenario.name, faults)
+    local = replace(scenario, data=replace(scenario.data, download=False))
+    try:
+        prepare(local)
+    except DatasetError as error:
+        return error
+    return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgelearn import plugins
 from edgelearn.api import with_client
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import ScenarioError
 from edgelearn.fleet.plan import make_plan
 from edgelearn.scenario.load import load

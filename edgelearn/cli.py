@@ -7,13 +7,14 @@ it is needed: `edgelearn --help` needs neither torch nor flwr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _load(options: argparse.Namespace) -> Scenario:
-    from edgelearn.scenario.load import load
+@contextlib.contextmanager
+def _scenario(options: argparse.Namespace, client: str = "") -> Iterator[Scenario]:
+    """Load the scenario; faults that show within the block are told with their lines, too."""
+    from edgelearn.scenario.load import find, load
 
     overrides: dict[str, Any] = {}
     for item in options.overrides:
@@ -58,9 +61,16 @@ def _load(options: argparse.Namespace) -> Scenario:
             fault = Fault("", item, "expected TABLE.KEY=VALUE, such as client.lr=0.1")
             raise ScenarioError("--set", [fault])
         overrides[key.strip()] = _value(text.strip())
+    origins = {name: f"--set {name}" for name in overrides}
     if options.seed is not None:
-        overrides["seed"] = options.seed
-    return load(options.scenario, overrides)
+        overrides["seed"], origins["seed"] = options.seed, "--seed"
+    if client:
+        origins |= dict.fromkeys(("client.strategy", "client.args"), f"--client {client}")
+    scenario = load(options.scenario, overrides)
+    from edgelearn.scenario.places import located
+
+    with located(find(options.scenario), origins):
+        yield scenario
 
 
 def _value(text: str) -> Any:
@@ -85,25 +95,25 @@ def _run(options: argparse.Namespace) -> int:
     if options.client and any(item.startswith("client.args") for item in options.overrides):
         fault = Fault("client", "args", "--client resets them; write --set client.strategy=NAME")
         raise ScenarioError("--set", [fault])
-    scenario = _load(options)
-    if options.client:
-        scenario = with_client(scenario, options.client)
-    directory = Path(options.out) if options.out else _new_directory(scenario.name)
     from edgelearn.fleet.simulate import simulate
 
-    with _display(scenario.name) as on_round:
-        record = _interruptible(
-            directory,
-            lambda: simulate(
-                scenario,
-                out=directory,
-                engine=options.engine,
-                federation=options.federation,
-                num_workers=options.workers,
-                on_round=on_round,
-                checkpoint_every_s=options.every_s,
-            ),
-        )
+    with _scenario(options, options.client) as scenario:
+        if options.client:
+            scenario = with_client(scenario, options.client)
+        directory = Path(options.out) if options.out else _new_directory(scenario.name)
+        with _display(scenario.name) as on_round:
+            record = _interruptible(
+                directory,
+                lambda: simulate(
+                    scenario,
+                    out=directory,
+                    engine=options.engine,
+                    federation=options.federation,
+                    num_workers=options.workers,
+                    on_round=on_round,
+                    checkpoint_every_s=options.every_s,
+                ),
+            )
     return _show(record, directory)
 
 
@@ -192,19 +202,22 @@ def _write_report(record: RunRecord, directory: Path) -> Path | None:
 def _compare(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from edgelearn.api import with_client
+    from edgelearn.api import validate, with_client
     from edgelearn.fleet.simulate import simulate
     from edgelearn.report.comparison import Comparison
 
-    scenario = _load(options)
     if options.seeds < 1:
         print(f"edgelearn compare: got --seeds {options.seeds}; at least 1", file=sys.stderr)
         return WRONG_USAGE
     clients = [name.strip() for name in options.client.split(",") if name.strip()]
-    variants = {client: with_client(scenario, client) for client in clients}
+    variants: dict[str, Scenario] = {}
+    for client in clients:
+        with _scenario(options, client) as scenario:
+            variants[client] = with_client(scenario, client)
+            validate(variants[client])  # before the first run, which may take hours
     records: dict[str, list[RunRecord]] = {client: [] for client in clients}
     for client, variant in variants.items():
-        for seed in range(scenario.seed, scenario.seed + options.seeds):
+        for seed in range(variant.seed, variant.seed + options.seeds):
             label = f"{client}, seed {seed}"
             out = None
             if options.out:
@@ -299,20 +312,18 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _fit_check(options: argparse.Namespace) -> int:
-    from edgelearn.fit_check import fit_check
+    from edgelearn.fit_check import check_fit, print_check, profiles_of
 
     if not 0 <= options.overhead < float("inf"):
         print(
             f"edgelearn fit-check: got --overhead {options.overhead}; at least 0", file=sys.stderr
         )
         return WRONG_USAGE
-    is_fit = fit_check(
-        _load(options),
-        options.profile,
-        overhead_mib=options.overhead,
-        as_json=options.format == "json",
-    )
-    return DONE if is_fit else FAILED
+    profiles = profiles_of(options.profile)
+    with _scenario(options) as scenario:
+        check = check_fit(scenario, profiles, overhead_bytes=int(options.overhead * 2**20))
+    print_check(check, as_json=options.format == "json")
+    return DONE if check.fits else FAILED
 
 
 # -- scenarios -------------------------------------------------------------------------------------
@@ -354,15 +365,15 @@ def _strategies(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from edgelearn.scenario.load import find, load
+    from edgelearn.api import validate
+    from edgelearn.scenario.load import find
 
-    scenario = load(options.scenario)
-    from edgelearn.api import check_plugins
-
-    check_plugins(scenario)
-    print(
-        f"{find(options.scenario)}: valid, {scenario.num_rounds} rounds, digest {scenario.digest}"
-    )
+    with _scenario(options) as scenario:
+        unseen = validate(scenario)
+    path = find(options.scenario)
+    if unseen is not None:
+        print(f"{path}: what depends on the data was not checked: {unseen}", file=sys.stderr)
+    print(f"{path}: valid, {scenario.num_rounds} rounds, digest {scenario.digest}")
     return DONE
 
 

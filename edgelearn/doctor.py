@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edgelearn
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import RunError
 from edgelearn.federated.loop import Progress
 from edgelearn.federated.rundir import versions

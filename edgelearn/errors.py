@@ -6,6 +6,7 @@ The tree::
     ├── ScenarioError      a scenario (or an override of it) has faults; holds all of them
     ├── PluginError        a name, file or entry point cannot be resolved to a plug-in
     ├── DatasetError       a data set is missing or its files are damaged
+    │   └── DatasetMissingError  it is nowhere to be found; says what can be done about it
     ├── StrategyError      a client strategy broke its contract
     ├── DivergenceError    a loss or an update is not finite
     ├── EgressError        something that is not declared was about to leave a device
@@ -34,6 +35,41 @@ class PluginError(EdgelearnError):
 
 class DatasetError(EdgelearnError):
     """A data set is missing or its files are damaged."""
+
+
+class DatasetMissingError(DatasetError):
+    """A data set is nowhere to be found.
+
+    What can be done about it depends on where it was named, so whoever knows can say it anew.
+
+    Attributes:
+        what: Which data set, and where it was looked for.
+        remedy: What helps in any place, such as a package of the system; "" is nothing.
+        is_fetched: Whether it can be downloaded.
+    """
+
+    def __init__(self, what: str, *, remedy: str = "", is_fetched: bool = False) -> None:
+        self.what, self.remedy, self.is_fetched = what, remedy, is_fetched
+        super().__init__(self.told(root="[data] root", download="--set data.download=true"))
+
+    def told(self, *, root: str, download: str = "") -> str:
+        """Return the message for a place.
+
+        Args:
+            root: How the folder is named there.
+            download: How the download is allowed there; "" where it can't be.
+        """
+        ways = [self.remedy, f"name its folder: {root}"]
+        if self.is_fetched and download:
+            ways.append(f"allow the download: {download}")
+        return f"{self.what}\n{'; or '.join(filter(None, ways))}"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders
+        return _dataset_missing, (self.what, self.remedy, self.is_fetched)
+
+
+def _dataset_missing(what: str, remedy: str, is_fetched: bool) -> DatasetMissingError:
+    return DatasetMissingError(what, remedy=remedy, is_fetched=is_fetched)
 
 
 class StrategyError(EdgelearnError):

@@ -57,6 +57,7 @@ def make_parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     strategies.add_argument("scenario", nargs="?", help="reckon with it (default: split-digits)")
     validate = command("validate", "check a scenario, list all its faults")
     validate.add_argument("scenario", help="name or TOML file")
+    _replacing(validate)
     copy = command("copy", "copy a built-in scenario to a file of your own")
     copy.add_argument("scenario", help="name")
     copy.add_argument("file", help="new TOML file")

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import edgelearn
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.loop import DeviceLoop
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.scenario.world import build

@@ -20,7 +20,7 @@ from clock import argument, finish
 
 from edgelearn.continual.memory import Memory
 from edgelearn.device.fleet_store import FleetStore
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.fleet import batched, native
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.jobs import CohortFit, Engine

@@ -9,6 +9,7 @@ fuse them.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,31 @@ class Cost:
         parameters: Numbers that are trained or could be; what has two names counts once.
         nonzero: Those of them that are not 0.
         macs: Multiply-accumulates of linear and convolution layers for one input, zeros included:
-            dense kernels multiply by them.
+            dense kernels multiply by them. None if there are products that the count does not
+            cover.
+        uncounted: The operator that makes these; "" if all are counted.
     """
 
     parameters: int
     nonzero: int
-    macs: int
+    macs: int | None
+    uncounted: str = ""
+
+
+class UncountedError(RunError):
+    """A network multiplies in a way that the count of MACs does not cover.
+
+    Attributes:
+        operator: What does.
+        why: The message.
+    """
+
+    def __init__(self, operator: str, why: str) -> None:
+        super().__init__(operator, why)
+        self.operator, self.why = operator, why
+
+    def __str__(self) -> str:
+        return self.why
 
 
 def cost(module: nn.Module, example: Tensor) -> Cost:
@@ -45,19 +65,17 @@ def cost(module: nn.Module, example: Tensor) -> Cost:
         module: The network; it stays as it is.
         example: One input or more [B, ...], B at least 1.
 
-    Raises:
-        RunError: If there are products that the count does not cover, such as those of attention.
-
     Example:
         >>> cost(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), torch.zeros(1, 1, 5, 5))
-        Cost(parameters=20, nonzero=20, macs=162)
+        Cost(parameters=20, nonzero=20, macs=162, uncounted='')
     """
     values = [parameter.detach() for parameter in module.parameters()]
-    return Cost(
-        sum(value.numel() for value in values),
-        sum(int(torch.count_nonzero(value)) for value in values),
-        count_macs(module, example),
-    )
+    parameters = sum(value.numel() for value in values)
+    nonzero = sum(int(torch.count_nonzero(value)) for value in values)
+    try:
+        return Cost(parameters, nonzero, count_macs(module, example))
+    except UncountedError as error:
+        return Cost(parameters, nonzero, None, error.operator)
 
 
 def count_macs(module: nn.Module, example: Tensor) -> int:
@@ -72,35 +90,51 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
         example: One input or more [B, ...].
 
     Raises:
-        RunError: If there are products that the count does not cover.
+        UncountedError: If there are products that the count does not cover, such as those of
+            attention.
     """
     for name, part in module.named_modules():
         own = [leaf for leaf, _ in part.named_parameters(recurse=False)]
         if own and not isinstance(part, (nn.Linear, _ConvNd, *_NORMS)):
-            raise RunError(
-                f"MACs of {type(part).__name__} ({name or 'the network itself'}) can't be counted; "
-                "counted are Linear and convolutions, and norms count nothing"
+            kind = type(part).__name__
+            raise UncountedError(
+                kind,
+                f"MACs of {kind} ({name or 'the network itself'}) can't be counted; "
+                "counted are Linear and convolutions, and norms count nothing",
             )
-    total = 0
+    total, counter = 0, FlopCounterMode(display=False)
+    of_layers: Counter[str] = Counter()  # what torch multiplied within them, by its operator
 
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def before(_layer: nn.Module, _inputs: tuple[Tensor, ...]) -> None:
+        of_layers.subtract(_multiplied(counter))
+
+    def after(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         total += _layer_macs(layer, inputs[0], output)
+        of_layers.update(_multiplied(counter))
 
     seen = copy.deepcopy(module).eval()
     for part in seen.modules():
         if isinstance(part, nn.Linear | _ConvNd):
-            part.register_forward_hook(hook)
-    x = example[:1]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        seen(x)
-    multiplied = counter.get_total_flops() // 2
-    if multiplied != total:
-        raise RunError(
+            part.register_forward_pre_hook(before)
+            part.register_forward_hook(after)
+    with torch.no_grad(), counter:
+        seen(example[:1])
+    everything = _multiplied(counter)
+    if (multiplied := everything.total()) != total:
+        beside = {name for name, num in everything.items() if num != of_layers[name]}
+        raise UncountedError(
+            ", ".join(sorted(beside)) or "a layer",
             f"the network's layers have {total} MACs, but torch multiplied {multiplied} times: "
-            "what it multiplies outside of linear and convolution layers can't be counted"
+            "what it multiplies outside of linear and convolution layers can't be counted",
         )
     return total
+
+
+def _multiplied(counter: FlopCounterMode) -> Counter[str]:
+    """Return the multiplications so far by torch's operator, such as "mm"."""
+    found = counter.get_flop_counts().get("Global", {})
+    return Counter({str(op).rpartition(".")[2]: flops // 2 for op, flops in found.items()})
 
 
 def _layer_macs(layer: nn.Module, x: Tensor, output: Tensor) -> int:

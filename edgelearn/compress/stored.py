@@ -5,11 +5,15 @@ as integer codes with a scale for each output channel, 8 bits each or two 4-bit 
 as such codes packed (`sparse_weights`). All other tensors are float32. Codes of NAME are stored as
 `codes/NAME`, its scales as `scales/NAME`.
 
-Reading gives named float32 tensors back: float ones as they were, codes times their scales.
+Reading gives named float32 tensors back: float ones as they were, codes times their scales. A file
+holds the SHA-256 of all its bytes, its own 64 digits counting as zeros: what was changed or cut on
+the way is noticed before anything is made of it. Whoever changes a file on purpose can write
+another; it is no signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +32,8 @@ from edgelearn.errors import StateError
 from edgelearn.params import FlatModel
 
 _CODES, _SCALES = "codes/", "scales/"
-_METADATA, _FORMAT = "edgelearn", "edgelearn-network-1"
+_METADATA, _FORMAT = "edgelearn", "edgelearn-network-2"
+_CHECKSUM, _UNKNOWN = "sha256", "0" * 64
 _DENSE, _PACKED = "dense", "packed"
 
 
@@ -85,10 +90,12 @@ def store(
         "weights": _PACKED if is_packed else _DENSE,
         "bits": str(bits or 32),
         "shapes": json.dumps({name: shapes[name] for name in sorted(quantized)}),
+        _CHECKSUM: _UNKNOWN,
     }
     # One entry, sorted: of several, safetensors writes now one first and now another.
     said = json.dumps({**(facts or {}), **own}, sort_keys=True)
-    return save(out, metadata={_METADATA: said})
+    data = save(out, metadata={_METADATA: said})
+    return _with_checksum(data, _UNKNOWN, hashlib.sha256(data).hexdigest())
 
 
 def read(data: bytes, *, source: str) -> Stored:
@@ -107,6 +114,7 @@ def read(data: bytes, *, source: str) -> Stored:
             f"{source}: not a network with its name, as `edgelearn compress` writes it "
             f"(format: {facts.get('format', 'none')}, expected {_FORMAT})"
         )
+    _verify(data, facts.get(_CHECKSUM, ""), source)
     try:
         found = load(data)
         bits, is_packed = int(facts["bits"]), facts["weights"] == _PACKED
@@ -121,6 +129,27 @@ def read(data: bytes, *, source: str) -> Stored:
     ) as error:  # fmt: skip
         raise StateError(f"{source}: damaged: {error}") from error
     return Stored(tensors, facts)
+
+
+def _with_checksum(data: bytes, old: str, new: str) -> bytes:
+    """Return the bytes of a file with another checksum in their place; facts say it behind its key.
+
+    In the header, what a file says of itself is JSON within JSON.
+    """
+
+    def entry(checksum: str) -> bytes:
+        return json.dumps(json.dumps({_CHECKSUM: checksum})[1:-1])[1:-1].encode()
+
+    return data.replace(entry(old), entry(new), 1)
+
+
+def _verify(data: bytes, checksum: str, source: str) -> None:
+    found = hashlib.sha256(_with_checksum(data, checksum, _UNKNOWN)).hexdigest()
+    if found != checksum:
+        raise StateError(
+            f"{source}: damaged: its {len(data)} bytes have the SHA-256 {found}, and it says "
+            f"{checksum or 'none'}"
+        )
 
 
 def _codes(stored: Tensor, shape: list[int], *, bits: int, is_packed: bool) -> Tensor:

@@ -129,7 +129,7 @@ def add_row(table: Table, row: Row) -> None:
         escape(row.stage),
         f"{row.parameters:,}",
         f"{row.nonzero:,}",
-        f"{row.macs:,}",
+        escape(f"not counted: {row.uncounted}") if row.macs is None else f"{row.macs:,}",
         formats.size(row.memory_bytes),
         formats.size(row.disk_bytes),
         formats.percent(row.accuracy),

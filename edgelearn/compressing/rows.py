@@ -19,6 +19,7 @@ from edgelearn.compress.pipeline import State
 from edgelearn.compress.stored import store
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
+from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.runtime.measure import measure
 from edgelearn.runtime.onnxruntime import OnnxPredictor, OnnxRuntime, with_facts
 from edgelearn.runtime.protocol import Predictor, Runtime, make_runtime
@@ -37,7 +38,8 @@ class Row:
         stage: The stage as it is written; "given" before the first.
         parameters: Of the network.
         nonzero: Those of them that are not 0.
-        macs: Multiply-accumulates for one input, zeros included.
+        macs: Multiply-accumulates for one input, zeros included; None if they can't be counted.
+        uncounted: The operator that can't be; "" if all are counted.
         memory_bytes: What the runtime keeps to answer, as it counts it.
         disk_bytes: Of the file.
         accuracy: Share of right answers on the test samples, in [0, 1].
@@ -52,7 +54,8 @@ class Row:
     stage: str
     parameters: int
     nonzero: int
-    macs: int
+    macs: int | None
+    uncounted: str
     memory_bytes: int
     disk_bytes: int
     accuracy: float
@@ -97,11 +100,10 @@ class Scale:
         quantize = next((s for s in stages if isinstance(s, Quantize)), Quantize())
         self._integer = make_runtime(quantize.runtime, quantize.args)
         self._float: Runtime = FloatRuntime()
-        self._names = "float, torch", quantize.runtime
+        self._names = "float, torch", _name(quantize.runtime, self._integer)
         if isinstance(self._integer, OnnxRuntime):
             self._float = OnnxRuntime(weight_bits=32)
-            bits = self._integer.weight_bits
-            self._names = "float, onnxruntime", f"onnxruntime, {bits}-bit weights"
+            self._names = "float, onnxruntime", self._names[1]
         order = torch.randperm(len(train), generator=torch_generator(seed, "compress-calibration"))
         self._calibration = train.batch(order[: quantize.num_calibration]).x
         held = test.batch()
@@ -130,6 +132,7 @@ class Scale:
             "parameters": found.parameters,
             "nonzero": found.nonzero,
             "macs": found.macs,
+            "uncounted": found.uncounted,
             "memory_bytes": measured.model_bytes,
             "disk_bytes": len(artefact.data),
             "accuracy": measured.accuracy,
@@ -152,6 +155,13 @@ class Scale:
         if isinstance(stage, Quantize) and isinstance(predict, OnnxPredictor):
             return Artefact("onnx", with_facts(predict.artefact, state.facts))
         return Artefact("safetensors", store(state.module, bits=state.bits, facts=state.facts))
+
+
+def _name(reference: str, runtime: Runtime) -> str:
+    """Return what a runtime is called in a row; of those that are built in, with the bits."""
+    if isinstance(runtime, Int8Runtime | OnnxRuntime):
+        return f"{reference}, {runtime.weight_bits}-bit weights"
+    return reference
 
 
 def _float(module: nn.Module, x: Tensor) -> Predictor:

@@ -24,7 +24,7 @@ from edgelearn.compress.network_file import STORED, read_network, rebuilt, refus
 from edgelearn.compress.pipeline import Factory
 from edgelearn.compress.tune import loaded
 from edgelearn.deploy.export import calibration_samples, final_model
-from edgelearn.errors import RunError
+from edgelearn.errors import DatasetError, DatasetMissingError, RunError
 from edgelearn.federated.rundir import holds_a_run
 from edgelearn.params import SHARED, FlatModel
 from edgelearn.scenario.load import from_dict
@@ -84,6 +84,7 @@ def find(
 
     Raises:
         ScenarioError: If there is no such model or data set, or one does not fit the other.
+        DatasetError: If the data is missing or damaged.
         StateError: If the file or run is damaged, or of another network.
         RunError: If the run has no single model that its devices answer with.
     """
@@ -97,7 +98,7 @@ def find(
         if args:
             raise RunError(f"{target} is a file; its model has its arguments already")
         return _of_file(path, dataset, cuts, seed or 0)
-    world = build(_scenario(target, args, dataset or _DATASET, cuts, seed or 0))
+    world = _built(_scenario(target, args, dataset or _DATASET, cuts, seed or 0))
     return _subject(world, world.model().module, FROM_SCRATCH)
 
 
@@ -108,7 +109,7 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | 
     if dataset:
         model, chosen = scenario.model, scenario.seed if seed is None else seed
         other = _scenario(model.name, model.args, dataset, cuts, chosen)
-        world = build(other)
+        world = _built(other)
         shapes = FlatModel(world.model().module).layout.shapes
         if shapes != tuple(tuple(value.shape) for value in tensors.values()):
             raise RunError(f"{directory}: its network does not fit samples of {dataset!r}")
@@ -133,7 +134,7 @@ def _of_run(directory: Path, dataset: str, cuts: Mapping[str, Any], seed: int | 
 def _of_file(path: Path, dataset: str, cuts: Mapping[str, Any], seed: int) -> Subject:
     found = read_network(path)
     scenario = _scenario(found.model, found.args, dataset or found.dataset, cuts, seed)
-    world = build(scenario)
+    world = _built(scenario)
     module = rebuilt(world.model().module, found.stored, source=str(path))
     refuse_other_samples(
         module, world.sample_shape, world.num_classes, source=f"{path}, {scenario.data.dataset}"
@@ -155,6 +156,14 @@ def _scenario(
         "client": {"strategy": "naive", "lr": 0.1},
     }
     return from_dict(raw, source="compress")
+
+
+def _built(scenario: Scenario) -> World:
+    """Load a data set that an option of the command named."""
+    try:
+        return build(scenario)
+    except DatasetMissingError as error:
+        raise DatasetError(error.told(root="--root DIR")) from error
 
 
 def _subject(world: World, module: nn.Module, pipeline: str) -> Subject:

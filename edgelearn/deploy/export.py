@@ -16,7 +16,7 @@ from torch import Tensor
 
 import edgelearn
 from edgelearn.deploy import executorch
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import RunError
 from edgelearn.federated.rundir import read_model, scenario_of
 from edgelearn.files import write_atomic

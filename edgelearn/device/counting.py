@@ -59,6 +59,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         phase: What is going on, for `Storage.phase`; to be set by whoever knows.
         step: Number of the step, for `Storage.step`; likewise.
         peak: Bytes at the highest, of what was made in the block.
+        made: Bytes of all that was made in it, freed again or not; workspaces of kernels with it.
         at_peak: What was there then.
         peak_step: The step that it was in.
         has_backward: Whether a backward pass made anything.
@@ -68,7 +69,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase = ""
         self.step = 0
-        self.peak = 0
+        self.peak = self.made = 0
         self.peak_step = 0
         self.has_backward = False
         self._alive: dict[int, Storage] = {}
@@ -100,6 +101,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _is_tensor(made):
                 self._note(made.untyped_storage(), str(func), given)
         if (num_bytes := _workspace(func, args, out)) > 0:
+            self.made += num_bytes
             operation, is_graph = str(func), torch.is_grad_enabled()
             self._look(Storage(num_bytes, operation, KERNEL, self.step, _in_backward(), is_graph))
         return out
@@ -121,6 +123,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._next += 1
         self._alive[key] = made
         self._now += made.num_bytes
+        self.made += made.num_bytes
         weakref.finalize(storage, self._forget, address).atexit = False
         self._look()
 

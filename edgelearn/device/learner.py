@@ -4,96 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from edgelearn.compress.codec import Codec, decoded, encoded, make_codec
-from edgelearn.compress.submodel import narrowed
+from edgelearn.compress.codec import Codec, decoded, encoded
 from edgelearn.continual.local import Passage
-from edgelearn.continual.memory import (
-    Declaration,
-    Memory,
-    SampleSpec,
-    TensorSpec,
-    check,
-    passing,
-)
-from edgelearn.continual.strategy import ClientStrategy, Facts, Update, make_strategy
+from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec, passing
+from edgelearn.continual.strategy import ClientStrategy, Facts, Update
 from edgelearn.device import frugal, runtimes
-from edgelearn.device.drift import Detector, make_detector
+from edgelearn.device.course import Course
+from edgelearn.device.drift import Detector
+from edgelearn.device.state import DETECTOR, FORMER, OWN, RESIDUAL, DeviceData, DeviceState, Fit
 from edgelearn.device.training import Training
 from edgelearn.errors import DivergenceError, Fault, ScenarioError, StateError, StrategyError
 from edgelearn.params import FlatModel, Layout
-from edgelearn.scenario.kinds import BASE
 from edgelearn.scenario.samples import EMPTY, Samples, SampleStore
 from edgelearn.scenario.spec import ClientSpec
-from edgelearn.scenario.stream import Experience
-from edgelearn.scenario.world import World
 from edgelearn.seeds import derive, split, torch_generator
-from edgelearn.stack import NotAStackError
-
-# Names in the memory of a device that finds boundaries by itself: the detector's state, and the
-# parameters that it had when it last took part, after training.
-DETECTOR, FORMER = "boundary-detector", "boundary-former"
-
-# What a codec with error feedback has not sent so far [P].
-RESIDUAL = "wire-residual"
-
-# The network of a device that keeps one of its own.
-OWN = "own-network"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceState:
-    """All that a device keeps between rounds.
-
-    Attributes:
-        memory: What the client strategy remembers.
-        begun: Experiences that the device has begun; the current one has position begun - 1.
-        consolidated: Experiences that it has consolidated, at most `begun` (a device that was away
-            consolidates what it missed without having begun it: then both move on together). Where
-            it finds boundaries by itself, the position at which it found the last one.
-    """
-
-    memory: Memory
-    begun: int = 0
-    consolidated: int = 0
-
-
-class DeviceData(Protocol):
-    """What a device has of its stream."""
-
-    @property
-    def device(self) -> int:
-        """Index of the device in the fleet."""
-
-    @property
-    def store(self) -> SampleStore:
-        """The store that its sample ids lead to."""
-
-    def experience(self, position: int) -> Experience:
-        """Return the experience at a position of its stream."""
-
-    def samples(self, position: int, *, server_round: int | None = None) -> Samples:
-        """Return its training samples at that position, or those that a round of it brings."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """The outcome of local training.
-
-    Attributes:
-        state: The device's new state.
-        update: What is to be sent: local - global by tensor name, and scalar metrics.
-        num_samples: Samples that passed through training, for the accounts.
-    """
-
-    state: DeviceState
-    update: Update
-    num_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +95,11 @@ class Learner:
         object.__setattr__(self, "declaration", declaration)
 
     @property
+    def _course(self) -> Course:
+        """How devices get from one experience to the next."""
+        return Course(self.model, self.strategy, self.seed, self.declaration, self.detector)
+
+    @property
     def needs_public(self) -> bool:
         """Whether the strategy has the public samples on the device."""
         return any(isinstance(s, SampleSpec) and s.is_public for s in self.declaration.values())
@@ -201,7 +135,7 @@ class Learner:
         if self.strategy.keeps_network:
             own = self.model.initial()[: self.model.layout.num_network]
             memory = memory.replace(**{OWN: own})
-        self._check(memory)
+        self._course.check(memory)
         return DeviceState(memory)
 
     @property
@@ -246,11 +180,11 @@ class Learner:
             )
         samples = data.samples(position, server_round=server_round)
         entered = params = self.whole(state, params)
-        state, num_alarms = self._reach(state, params, data, samples, position)
+        state, num_alarms = self._course.reach(state, params, data, samples, position)
         memory = state.memory
         if self.strategy.overrides("enter"):
             entered, memory = self.strategy.enter(self.model, params, memory)
-            self._check(memory)
+            self._course.check(memory)
         trained = Training(self.model, self.strategy, self.spec).run(
             entered,
             memory,
@@ -260,7 +194,7 @@ class Learner:
         )
         local, memory, loss = trained.params, trained.memory, trained.loss
         if math.isfinite(loss) and self.strategy.overrides("leave"):
-            self._bind(local)
+            self._course.bind(local)
             passage = Passage(
                 model=self.model,
                 given=params,
@@ -277,9 +211,9 @@ class Learner:
             refuse_divergence(data.device, server_round, loss)
         if self.detector is not None:
             memory = memory.replace(**{FORMER: local.clone()})
-            memory, more = self._watch(self.detector, memory, local, samples)
+            memory, more = self._course.watch(self.detector, memory, local, samples)
             num_alarms += more
-        self._check(memory)
+        self._course.check(memory)
         num_samples = trained.num_samples + self.strategy.num_beside(memory)
         if forgotten := passing(self.declaration):
             memory = memory.replace(**forgotten)
@@ -342,105 +276,7 @@ class Learner:
             data: What the device has.
             upto: First position that is not to be consolidated.
         """
-        return self._consolidate(state, self.whole(state, params), data, upto)
-
-    def _consolidate(
-        self, state: DeviceState, params: Tensor, data: DeviceData, upto: int
-    ) -> DeviceState:
-        if state.consolidated >= upto:
-            return state
-        memory, trained = state.memory, self._bind(params)
-        for position in range(state.consolidated, upto):
-            if state.begun <= position:
-                experience = data.experience(position)
-                memory = self.strategy.start(self.model, trained, memory, experience)
-                self._check(memory)
-            generator = torch_generator(self.seed, "finish", position, data.device)
-            memory = self.strategy.finish(
-                self.model, trained, data.samples(position), memory, generator
-            )
-            self._check(memory)
-        return replace(state, memory=memory, begun=max(state.begun, upto), consolidated=upto)
-
-    def _reach(
-        self,
-        state: DeviceState,
-        params: Tensor,
-        data: DeviceData,
-        samples: Samples,
-        position: int,
-    ) -> tuple[DeviceState, int]:
-        """Consolidate what has ended before a position, and begin what begins there.
-
-        Returns:
-            The state, and how many alarms there were where boundaries are not told.
-        """
-        former, num_alarms = state.consolidated, 0
-        if self.detector is None:
-            state = self._consolidate(state, params, data, position)
-            begins = state.begun <= position
-        else:
-            found = self._look_out(self.detector, state, params, data, samples, position)
-            state, num_alarms = found
-            begins = state.begun == 0 or state.consolidated > former
-        if not begins:
-            return state, num_alarms
-        if self.detector is None:
-            experience = data.experience(position)
-        else:  # what it is, a device sees by its samples
-            at_hand = tuple(sorted(set(samples.labels.tolist())))
-            experience = Experience(position, position, at_hand)
-        start = self._bind(params)
-        memory = self.strategy.start(self.model, start, state.memory, experience)
-        self._check(memory)
-        return replace(state, memory=memory), num_alarms
-
-    def _look_out(
-        self,
-        detector: Detector,
-        state: DeviceState,
-        params: Tensor,
-        data: DeviceData,
-        samples: Samples,
-        position: int,
-    ) -> tuple[DeviceState, int]:
-        """Look for a change in the device's errors; consolidate what has ended with it.
-
-        The errors are those of the model that the device itself trained when it last took part, on
-        the samples at hand (the global model of now may have learned these from others), after the
-        errors of the same model on the samples that it was trained on. What has come since the last
-        boundary, up to this position, is then one experience that has ended; it is consolidated on
-        the global parameters that the device gets now.
-
-        Returns:
-            The state, and how many alarms there were.
-        """
-        answering = state.memory[FORMER] if state.begun else params
-        memory, num_alarms = self._watch(detector, state.memory, answering, samples)
-        since = state.consolidated
-        if not num_alarms or since >= position:
-            return replace(state, memory=memory), num_alarms
-        ids = torch.cat([data.samples(p).ids for p in range(since, position)])
-        generator = torch_generator(self.seed, "finish", position - 1, data.device)
-        trained, ended = self._bind(params), Samples(samples.store, ids)
-        memory = self.strategy.finish(self.model, trained, ended, memory, generator)
-        self._check(memory)
-        return replace(state, memory=memory, consolidated=position), num_alarms
-
-    def _watch(
-        self, detector: Detector, memory: Memory, params: Tensor, samples: Samples
-    ) -> tuple[Memory, int]:
-        """Show a detector the errors of parameters [P] on samples; return its alarms, too."""
-        if len(samples) == 0:
-            return memory, 0
-        batch, trained = samples.batch(), self._bind(params)
-        with torch.no_grad():
-            logits = self.model(trained, batch.x)
-        if batch.mask is not None:
-            logits = logits.masked_fill(~batch.mask, float("-inf"))
-        errors = (logits.argmax(1) != batch.y).numpy().astype(np.float64)
-        noticed, alarms = detector.update(memory[DETECTOR].numpy(), errors)
-        return memory.replace(**{DETECTOR: torch.from_numpy(noticed)}), len(alarms)
+        return self._course.consolidate(state, self.whole(state, params), data, upto)
 
     def whole(self, state: DeviceState, params: Tensor) -> Tensor:
         """Return the parameters of a device's network with what is shared beside it.
@@ -468,7 +304,7 @@ class Learner:
         params = self.whole(state, params)
         if not self.strategy.overrides("serve"):
             return params
-        self._bind(params)
+        self._course.bind(params)
         generator = torch_generator(self.seed, "serve", position, device)
         own = self.strategy.serve(self.model, params, state.memory, data, generator)
         if own.shape != params.shape or own.dtype != params.dtype:
@@ -499,25 +335,6 @@ class Learner:
             return held
         return held[torch.arange(most) * len(held) // most]
 
-    def _bind(self, params: Tensor) -> Tensor:
-        """Make the model ready for a hook, whatever it did last; return the trained part [T].
-
-        What a forward pass reads beside the trained part (batch-norm statistics) must be this
-        device's own, not that of whichever device this process trained before.
-        """
-        layout = self.model.layout
-        self.model.carry_copy(params)
-        self.model.module.eval()
-        return params[: layout.num_trained]
-
-    def _check(self, memory: object) -> None:
-        if not isinstance(memory, Memory):
-            raise StrategyError(
-                f"{type(self.strategy).__name__} returned {type(memory).__name__} where its "
-                "memory was expected; end the hook with `return memory.replace(...)`"
-            )
-        check(memory, self.declaration)
-
     def _plain(self, update: object) -> Update:
         """Read an update once, so that what the guard sees is what is sent."""
         if not isinstance(update, Update):
@@ -547,65 +364,3 @@ def refuse_divergence(device: int, server_round: int, loss: float) -> NoReturn:
 def steps_seed(seed: int, server_round: int, device: int) -> int:
     """Return the seed of a device's local training in a round; `seeds.split_all` gives many."""
     return split(derive(seed, "steps", server_round), device)
-
-
-def make_learner(world: World, *, variant: str = BASE, width: float = 1.0) -> Learner:
-    """Build the learner of a scenario: network, client strategy and what they may know.
-
-    Args:
-        world: The scenario's world.
-        variant: Which of the scenario's networks the devices hold for which it is.
-        width: Part of each of its hidden layers that they hold.
-
-    Raises:
-        ScenarioError: If the parts do not fit together.
-    """
-    model = world.model(variant) if width == 1 else _narrowed(world, variant, width)
-    count = runtimes.num_ranges(world, model, (variant, width))
-    learner = _learner(world, model, num_ranges=count)
-    if width != 1 and learner.model.layout.num_shared_tensors:
-        message = (
-            f"{world.scenario.client.strategy!r} shares tensors beside the network, which devices "
-            "with sub-models have no common ones of; allowed: a strategy that shares none"
-        )
-        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)])
-    return learner
-
-
-def _narrowed(world: World, variant: str, width: float) -> FlatModel:
-    try:
-        return narrowed(world.model(variant), width, world.sample_shape)
-    except NotAStackError as error:
-        message = f"only plain stacks of layers have sub-models: {error}"
-        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)]) from error
-
-
-def _learner(world: World, model: FlatModel, *, num_ranges: int) -> Learner:
-    spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
-    detector = None
-    if stream.boundaries == "detected":
-        detector = make_detector(stream.detector, stream.detector_args)
-    strategy = make_strategy(spec.strategy, spec.args)
-    if world.scenario.model.variants and not strategy.keeps_network:
-        message = (
-            f"devices of different networks can't average them, as {spec.strategy!r} does; a "
-            "strategy that keeps the network on the device is needed, such as 'fedmd'"
-        )
-        raise ScenarioError(world.scenario.name, [Fault("model", "variants", message)])
-    return Learner(
-        model=model,
-        strategy=strategy,
-        spec=spec,
-        facts=Facts(
-            world.stream.num_experiences,
-            world.num_classes,
-            world.train.sample_bytes,
-            num_devices=fleet.num_devices,
-            cohort=fleet.cohort,
-            num_public=len(world.public),
-        ),
-        seed=world.scenario.seed,
-        detector=detector,
-        codec=make_codec(world.scenario.wire.codec, world.scenario.wire.args),
-        num_ranges=num_ranges,
-    )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import final
 
-from edgelearn.compress.submodel import Holdings, Part
+from edgelearn.compress.codec import make_codec
+from edgelearn.compress.submodel import Holdings, Part, narrowed
+from edgelearn.continual.strategy import Facts, make_strategy
+from edgelearn.device.drift import make_detector
 from edgelearn.device.fleet_store import RecordLayout
-from edgelearn.device.learner import Learner, make_learner
-from edgelearn.device.runtimes import runtime_of
+from edgelearn.device.learner import Learner
+from edgelearn.device.runtimes import num_ranges, runtime_of
 from edgelearn.errors import Fault, ScenarioError
+from edgelearn.params import FlatModel
 from edgelearn.runtime.protocol import Runtime
 from edgelearn.scenario.kinds import BASE, Kind, Kinds
 from edgelearn.scenario.world import World
+from edgelearn.stack import NotAStackError
 
 
 @final
@@ -92,3 +97,65 @@ class FleetLearners:
         }
         count = self._world.scenario.fleet.num_devices
         return Holdings(tuple(kinds.of_device(device).width for device in range(count)), parts)
+
+
+def make_learner(world: World, *, variant: str = BASE, width: float = 1.0) -> Learner:
+    """Build the learner of a scenario: network, client strategy and what they may know.
+
+    Args:
+        world: The scenario's world.
+        variant: Which of the scenario's networks the devices hold for which it is.
+        width: Part of each of its hidden layers that they hold.
+
+    Raises:
+        ScenarioError: If the parts do not fit together.
+    """
+    model = world.model(variant) if width == 1 else _narrowed(world, variant, width)
+    count = num_ranges(world, model, (variant, width))
+    learner = _learner(world, model, num_ranges=count)
+    if width != 1 and learner.model.layout.num_shared_tensors:
+        message = (
+            f"{world.scenario.client.strategy!r} shares tensors beside the network, which devices "
+            "with sub-models have no common ones of; allowed: a strategy that shares none"
+        )
+        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)])
+    return learner
+
+
+def _narrowed(world: World, variant: str, width: float) -> FlatModel:
+    try:
+        return narrowed(world.model(variant), width, world.sample_shape)
+    except NotAStackError as error:
+        message = f"only plain stacks of layers have sub-models: {error}"
+        raise ScenarioError(world.scenario.name, [Fault("fleet", "width", message)]) from error
+
+
+def _learner(world: World, model: FlatModel, *, num_ranges: int) -> Learner:
+    spec, fleet, stream = world.scenario.client, world.scenario.fleet, world.scenario.stream
+    detector = None
+    if stream.boundaries == "detected":
+        detector = make_detector(stream.detector, stream.detector_args)
+    strategy = make_strategy(spec.strategy, spec.args)
+    if world.scenario.model.variants and not strategy.keeps_network:
+        message = (
+            f"devices of different networks can't average them, as {spec.strategy!r} does; a "
+            "strategy that keeps the network on the device is needed, such as 'fedmd'"
+        )
+        raise ScenarioError(world.scenario.name, [Fault("model", "variants", message)])
+    return Learner(
+        model=model,
+        strategy=strategy,
+        spec=spec,
+        facts=Facts(
+            world.stream.num_experiences,
+            world.num_classes,
+            world.train.sample_bytes,
+            num_devices=fleet.num_devices,
+            cohort=fleet.cohort,
+            num_public=len(world.public),
+        ),
+        seed=world.scenario.seed,
+        detector=detector,
+        codec=make_codec(world.scenario.wire.codec, world.scenario.wire.args),
+        num_ranges=num_ranges,
+    )

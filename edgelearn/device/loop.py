@@ -18,7 +18,7 @@ from edgelearn.errors import StateError
 from edgelearn.files import write_atomic
 from edgelearn.runtime.protocol import Predictor, Runtime
 from edgelearn.runtime.ranges import KeptRanges, Recalibrate
-from edgelearn.scenario.samples import Encoding, OwnedSamples, Samples
+from edgelearn.scenario.samples import EMPTY, Encoding, OwnedSamples, Samples
 from edgelearn.scenario.stream import Experience
 
 
@@ -77,7 +77,8 @@ class DeviceLoop:
 
         Raises:
             ValueError: If `recalibrate` is anything else.
-            StateError: If the stored state is damaged or of another network.
+            StateError: If the stored state is damaged or of another network, or the strategy learns
+                from public samples, which nobody gives a device here.
         """
         if recalibrate not in get_args(Recalibrate):
             allowed = ", ".join(get_args(Recalibrate))
@@ -91,6 +92,7 @@ class DeviceLoop:
         if stored is None:
             samples = OwnedSamples.empty(sample_shape, sample_dtype, encoding)
             stored = Stored(learner.initial_state(samples), samples)
+        _refuse_without_public(learner, stored)
         self._stored: Stored = stored
         self._params, self._num_lessons = learner.initial(), 0
         if self._parameters.is_file():
@@ -206,3 +208,16 @@ class DeviceLoop:
         tensors = {name: view.contiguous() for name, view in views.items()}
         write_atomic(self._parameters, save(tensors, {"lessons": str(self._num_lessons)}))
         self._params, self._predictor = params, None
+
+
+def _refuse_without_public(learner: Learner, stored: Stored) -> None:
+    """Refuse a strategy that learns with others by public samples, where the device has none."""
+    for name, spec in learner.declaration.items():
+        if not isinstance(spec, SampleSpec) or not spec.is_public:
+            continue
+        if bool((stored.state.memory[name] == EMPTY).any()):
+            raise StateError(
+                f"{learner.spec.strategy!r} learns with other devices by public samples, and this "
+                "device has none: it would learn alone. Take a strategy that needs none, or let "
+                "the device be one of a fleet, which gets them from [data] public"
+            )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgelearn.continual.memory import Declaration, Memory, check, kept, passing
 from edgelearn.continual.strategy import Update
-from edgelearn.device.learner import DeviceState
+from edgelearn.device.state import DeviceState
 from edgelearn.errors import StateError
 from edgelearn.files import exclusive, write_atomic
 from edgelearn.scenario.samples import Encoding, OwnedSamples

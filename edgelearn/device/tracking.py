@@ -20,9 +20,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.device.learner import Learner
 from edgelearn.device.learners import FleetLearners
 from edgelearn.device.runtimes import kept_in, places_of, remembered
+from edgelearn.device.state import DeviceState
 from edgelearn.runtime.protocol import RangedPrepared, Runtime
 from edgelearn.runtime.ranges import Places
 from edgelearn.scenario.samples import Samples

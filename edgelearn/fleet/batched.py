@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from edgelearn.continual.memory import kept
 from edgelearn.continual.strategy import ROUND_HOOKS
 from edgelearn.device.fleet_store import UNWRITTEN
-from edgelearn.device.learner import Learner, make_learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.stacked import Devices, StackTrained, train_stack
 from edgelearn.device.tracking import Trackers
 from edgelearn.device.training import Training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.fleet import native
 from edgelearn.fleet.batched import BatchedEngine
 from edgelearn.fleet.cohort import rows_in_memory

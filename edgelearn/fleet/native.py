@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgelearn.continual.strategy import Pull, Rehearsal
-from edgelearn.device.learner import Learner, make_learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.tracking import Trackers
 from edgelearn.fleet import together
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Done, Job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-import edgelearn.federated._flwr_compat as compat
-from edgelearn.compress.submodel import Holdings
 from edgelearn.device.fleet_store import FleetStore
-from edgelearn.device.learners import FleetLearners
-from edgelearn.device.profile import Profile, assign
-from edgelearn.errors import Fault, RunError, ScenarioError, nearest
+from edgelearn.errors import RunError, nearest
 from edgelearn.federated import rundir
 from edgelearn.federated.by_cohort import AVERAGING, ByCohort, averages
 from edgelearn.federated.by_message import ByMessage
@@ -28,13 +24,12 @@ from edgelearn.federated.exchange import Exchange, Run
 from edgelearn.federated.journal import FileJournal, Journal, MemoryJournal
 from edgelearn.federated.loop import Progress, RoundLoop
 from edgelearn.federated.record import RunRecord
-from edgelearn.federated.server import make_server_strategy, refuse_to_step
 from edgelearn.fleet.engines import open_engine
 from edgelearn.fleet.plan import Plan, forward_flops, make_plan
+from edgelearn.fleet.prepare import Parts, prepare
 from edgelearn.fleet.reference import one_thread
 from edgelearn.fleet.simulated import SimulatedFleet, tables_of
 from edgelearn.scenario.spec import FEDERATIONS, Scenario
-from edgelearn.scenario.world import World, build
 
 from flwr.serverapp.strategy import Strategy  # isort: skip
 
@@ -136,33 +131,19 @@ class _Options:
 
 @dataclass(frozen=True, slots=True)
 class _Setup:
-    """All that a run is built from, each part checked."""
+    """What is run, and how."""
 
-    world: World
-    learners: FleetLearners
-    holdings: Holdings
-    strategy: Strategy
-    profiles: tuple[Profile, ...]
+    parts: Parts
     plan: Plan
     is_fused: bool
     options: _Options
 
 
 def _prepare(scenario: Scenario, options: _Options) -> _Setup:
-    compat.quieten()
-    world = build(scenario)
-    learners = FleetLearners(world)
-    learner, holdings = learners.whole, learners.holdings()
-    for kind in world.kinds.kinds:
-        learners.of_kind(kind)
-        learners.runtime(kind)
-    profiles = assign(scenario.fleet.profiles, scenario.fleet.num_devices, scenario.seed)
-    _check_budgets(learners, profiles, scenario)
-    plan = make_plan(world, learner, engine=options.engine, num_workers=options.num_workers)
-    strategy = make_server_strategy(scenario)
-    refuse_to_step(strategy, learner.layout, scenario)
-    fused = _is_fused(strategy, options.federation)
-    return _Setup(world, learners, holdings, strategy, profiles, plan, fused, options)
+    parts = prepare(scenario)
+    whole, asked = parts.learners.whole, options.engine
+    plan = make_plan(parts.world, whole, engine=asked, num_workers=options.num_workers)
+    return _Setup(parts, plan, _is_fused(parts.strategy, options.federation), options)
 
 
 def _is_fused(strategy: Strategy, asked: str) -> bool:
@@ -182,7 +163,7 @@ def _is_fused(strategy: Strategy, asked: str) -> bool:
 
 def _run_in(directory: Path, setup: _Setup, checkpoint: Checkpoint | None) -> RunRecord:
     params, record = _run(setup, FileJournal(directory), directory, checkpoint)
-    rundir.write_model(directory, setup.learners.whole.layout, params)
+    rundir.write_model(directory, setup.parts.learners.whole.layout, params)
     return record
 
 
@@ -197,7 +178,8 @@ def _run_on_one_thread(
     setup: _Setup, journal: Journal, directory: Path, checkpoint: Checkpoint | None
 ) -> tuple[Tensor, RunRecord]:
     started, cpu = time.perf_counter(), rundir.cpu_s()
-    world, learners, plan = setup.world, setup.learners, setup.plan
+    parts, plan = setup.parts, setup.plan
+    world, learners = parts.world, parts.learners
     learner = learners.whole
     scenario = world.scenario
     store = FleetStore(
@@ -214,18 +196,18 @@ def _run_on_one_thread(
             world,
             engine,
             store,
-            setup.profiles,
+            parts.profiles,
             learner.layout,
-            flops_per_sample=_flops(setup),
-            holdings=setup.holdings,
+            flops_per_sample=_flops(parts),
+            holdings=parts.holdings,
         )
         whole = Run(
             scenario,
             world.stream,
             learner.layout,
-            setup.strategy,
+            parts.strategy,
             learner.codec,
-            setup.holdings,
+            parts.holdings,
         )
         exchange: Exchange = ByMessage(whole, fleet.grid, fleet)
         if setup.is_fused:
@@ -256,28 +238,8 @@ def _engine_line(setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _flops(setup: _Setup) -> NDArray[np.float64]:
+def _flops(parts: Parts) -> NDArray[np.float64]:
     """Return the floating-point operations of a forward pass on each device [D]."""
-    world, learners, kinds = setup.world, setup.learners, setup.world.kinds
+    world, learners, kinds = parts.world, parts.learners, parts.world.kinds
     of_kind = [forward_flops(world, learners.of_kind(kind).model) for kind in kinds.kinds]
-    return np.array(of_kind)[kinds.places_of(len(setup.profiles))]
-
-
-def _check_budgets(
-    learners: FleetLearners, profiles: Sequence[Profile], scenario: Scenario
-) -> None:
-    """Refuse a scenario whose learning does not fit a device's memory."""
-    places = learners.kinds.places_of(len(profiles)).tolist()
-    # Parameters, gradients and the float copy in service; the strategy's memory; one batch.
-    for place, profile in {
-        (place, p.name): (place, p) for place, p in zip(places, profiles, strict=True)
-    }.values():
-        learner = learners.of_kind(learners.kinds.kinds[place])
-        needed = 3 * 4 * learner.model.layout.size + learner.memory_bytes
-        needed += scenario.client.batch_size * 4 * learner.facts.sample_bytes
-        if needed > profile.memory_mib * 2**20:
-            message = (
-                f"learning needs {needed / 2**20:.1f} MiB (parameters, gradients, memory of "
-                f"{scenario.client.strategy!r}), {profile.name} has {profile.memory_mib:g} MiB"
-            )
-            raise ScenarioError(scenario.name, [Fault("fleet.profiles", profile.name, message)])
+    return np.array(of_kind)[kinds.places_of(len(parts.profiles))]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
-from edgelearn.device.learner import DeviceState
 from edgelearn.device.runtimes import RANGES
+from edgelearn.device.state import DeviceState
 from edgelearn.device.tracking import Trackers
 from edgelearn.fleet.jobs import CohortDone, CohortFit, Integers
 from edgelearn.scenario.world import World

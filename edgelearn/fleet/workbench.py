@@ -13,9 +13,9 @@ from torch import Tensor
 from edgelearn.compress.codec import decoded
 from edgelearn.device.evaluate import Counts, Trial, evaluate, evaluate_group
 from edgelearn.device.fleet_store import UNWRITTEN, RecordFile
-from edgelearn.device.learner import DeviceState
 from edgelearn.device.learners import FleetLearners
 from edgelearn.device.runtimes import kept_in, places_of, remembered
+from edgelearn.device.state import DeviceState
 from edgelearn.device.tracking import Tracker
 from edgelearn.federated import egress
 from edgelearn.fleet.evaluation import evaluate_jobs

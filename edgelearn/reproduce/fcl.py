@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.federated.record import RunRecord
 from edgelearn.fleet.simulate import simulate
 from edgelearn.scenario.datasets import Dataset, fashion_mnist

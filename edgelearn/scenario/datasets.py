@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelearn import plugins
-from edgelearn.errors import DatasetError, ExtraMissingError
+from edgelearn.errors import DatasetError, DatasetMissingError, ExtraMissingError
 
 if TYPE_CHECKING:
     from edgelearn.scenario.spec import DataSpec
@@ -202,8 +202,7 @@ def fashion_mnist(spec: DataSpec) -> Dataset:
 def mnist(spec: DataSpec) -> Dataset:
     """MNIST (LeCun, Cortes, Burges): 60,000 + 10,000 handwritten digits of 28x28."""
     folders = [Path("/usr/share/datasets/mnist"), *_torchvision_folders("MNIST")]
-    hint = "put the four IDX files into a folder and name it in [data] root"
-    stored = _idx(spec, "mnist", folders, hint, "MNIST")
+    stored = _idx(spec, "mnist", folders, "", "MNIST")
     return Dataset("mnist", *stored, 10, scale=1 / 255, mean=0.1307, std=0.3081)
 
 
@@ -233,9 +232,10 @@ def _idx(
     if spec.download:
         return _read_all(_download(torchvision_name))
     looked = "\n  ".join(str(folder) for folder in folders)
-    raise DatasetError(
-        f"{name} is nowhere on this machine; looked for its IDX files in\n  {looked}\n"
-        f"{hint}; or allow the download: --set data.download=true"
+    raise DatasetMissingError(
+        f"{name} is nowhere on this machine; looked for its four IDX files in\n  {looked}",
+        remedy=hint,
+        is_fetched=True,
     )
 
 

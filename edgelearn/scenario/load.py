@@ -17,6 +17,7 @@ from typing import Any
 from edgelearn import plugins
 from edgelearn.errors import Fault, PluginError, ScenarioError, nearest
 from edgelearn.scenario import avalanche_names, consistency
+from edgelearn.scenario.places import locate
 from edgelearn.scenario.spec import Rule, Scenario
 
 _MISSING = dataclasses.MISSING
@@ -63,7 +64,8 @@ def from_dict(
     faults += consistency.faults(values)
     faults += _pipeline_faults(values.get("compress", {}).get("pipeline"))
     if faults:
-        raise ScenarioError(source, _locate(faults, text, overridden))
+        origins = {name: f"--set {name}" for name in overridden}
+        raise ScenarioError(source, locate(faults, text, origins))
     scenario: Scenario = _make(Scenario, values)
     return scenario
 
@@ -274,49 +276,6 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_freeze(v) for v in value)
     return value
-
-
-def _locate(faults: list[Fault], text: str, overridden: Mapping[str, Any]) -> list[Fault]:
-    """Say for each fault which line of the file, or which override, it comes from."""
-    lines = _lines(text)
-    located = []
-    for fault in faults:
-        path = f"{fault.table}.{fault.key}".strip(".")
-        # An override of the key or of what holds it; else of something in an unknown table.
-        origin = next((o for o in overridden if f"{path}.".startswith(f"{o}.")), None)
-        if origin is None and path not in lines:
-            origin = next((o for o in overridden if o.startswith(f"{path}.")), None)
-        if origin is not None:
-            message = f"{fault.message} (from --set {origin})"
-            located.append(dataclasses.replace(fault, message=message))
-            continue
-        while path and path not in lines:  # what is missing is reported at its table
-            path = path.rpartition(".")[0]
-        located.append(dataclasses.replace(fault, line=lines.get(path)))
-    return located
-
-
-_PART = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
-_PATH = rf"{_PART}(?:\s*\.\s*{_PART})*"
-
-
-def _lines(text: str) -> dict[str, int]:
-    """Return the line of each table and key of a TOML file, by dotted path; close enough."""
-    lines: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if match := re.match(rf"\s*\[\[?\s*({_PATH})\s*\]\]?\s*(?:#.*)?$", line):
-            table = ".".join(_parts(match[1]))
-            lines.setdefault(table, number)
-        elif match := re.match(rf"\s*({_PATH})\s*=", line):
-            parts = ([table] if table else []) + _parts(match[1])
-            for count in range(1, len(parts) + 1):  # `args.lr = 1` is the line of `args` too
-                lines.setdefault(".".join(parts[:count]), number)
-    return lines
-
-
-def _parts(path: str) -> list[str]:
-    return [part.strip("\"'") for part in re.findall(_PART, path)]
 
 
 # -- where scenarios lie ---------------------------------------------------------------------------

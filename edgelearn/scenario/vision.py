@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from edgelearn.errors import DatasetError, ExtraMissingError
+from edgelearn.errors import DatasetError, DatasetMissingError, ExtraMissingError
 from edgelearn.scenario.datasets import Dataset
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def cifar_10(spec: DataSpec) -> Dataset:
     found = next((f for f in folders if (f / "cifar-10-batches-py").is_dir()), None)
     if found is None and not spec.download:
         looked = "\n  ".join(str(folder / "cifar-10-batches-py") for folder in folders)
-        raise DatasetError(
-            f"cifar-10 is nowhere on this machine; looked for\n  {looked}\nput it there as "
-            "torchvision unpacks it, or allow the download: --set data.download=true"
+        raise DatasetMissingError(
+            f"cifar-10 is nowhere on this machine; looked for\n  {looked}",
+            remedy="put it there as torchvision unpacks it",
+            is_fetched=True,
         )
     root = found or folders[0]
     try:
@@ -103,7 +104,7 @@ def image_folder(spec: DataSpec) -> Dataset:
             their classes, or an image can't be read.
     """
     if not spec.root:
-        raise DatasetError("image-folder: name the folder, one subfolder a class: [data] root")
+        raise DatasetMissingError("image-folder: no folder is named; it has one subfolder a class")
     root = Path(spec.root).expanduser()
     if not root.is_dir():
         raise DatasetError(f"image-folder: {root} is not a folder")

@@ -17,7 +17,7 @@ from torch import Tensor
 from edgelearn.continual import memory as memories
 from edgelearn.continual.memory import Memory, SampleSpec, TensorSpec
 from edgelearn.continual.strategy import ClientStrategy, supervised_loss
-from edgelearn.device.learner import DeviceState, Fit
+from edgelearn.device.state import DeviceState, Fit
 from edgelearn.errors import EgressError, StrategyError
 from edgelearn.federated import egress
 from edgelearn.seeds import torch_generator

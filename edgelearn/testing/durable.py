@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgelearn.device.fleet_store import RecordFile, RecordLayout
-from edgelearn.device.learner import DeviceState, Fit
+from edgelearn.device.state import DeviceState, Fit
 from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import StateError
 from edgelearn.testing.calls import same

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from edgelearn.continual.strategy import ClientStrategy
-from edgelearn.device.learner import DeviceState, Fit, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import DeviceState, Fit
 from edgelearn.testing.calls import Call, walk
 from edgelearn.testing.toy import NUM_EXPERIENCES, ToyDevice, toy_devices, toy_learner
 

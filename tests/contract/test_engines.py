@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edgelearn.continual.memory import Memory
 from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.vmapped import train_vmapped
 from edgelearn.errors import RunError
 from edgelearn.fleet import batched, native, ray, together

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import edgelearn
-from edgelearn.device.learner import DETECTOR, FORMER, make_learner
+from edgelearn.device.learners import make_learner
+from edgelearn.device.state import DETECTOR, FORMER
 from edgelearn.errors import RunError, ScenarioError
 from edgelearn.federated import egress
 from edgelearn.fleet.plan import make_plan

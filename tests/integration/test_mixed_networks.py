@@ -19,10 +19,10 @@ import edgelearn
 from edgelearn.continual.memory import Memory, TensorSpec
 from edgelearn.continual.strategy import ClientStrategy, Update
 from edgelearn.device.fleet_store import RecordFile
-from edgelearn.device.learner import OWN
 from edgelearn.device.learners import FleetLearners
 from edgelearn.device.profile import assign
 from edgelearn.device.resident import ResidentDevice
+from edgelearn.device.state import OWN
 from edgelearn.device.store import DeviceStore
 from edgelearn.errors import RunError, ScenarioError
 from edgelearn.federated.record import RunRecord

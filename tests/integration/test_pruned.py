@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edgelearn.device.learner import Fit, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import Fit
 from edgelearn.errors import ScenarioError
 from edgelearn.fleet.simulate import resume, simulate
 from edgelearn.scenario.spec import Scenario

@@ -153,9 +153,9 @@ def test_each_device_is_billed_for_what_it_holds(mixed: Callable[..., Scenario])
 
 def test_a_budget_is_that_of_the_sub_model(mixed: Callable[..., Scenario], tmp_path: Path) -> None:
     wide = {"name": "mlp", "args": {"hidden": [64]}}
-    (tmp_path / "small.toml").write_text(PROFILE.replace("64", "0.003"))
+    (tmp_path / "small.toml").write_text(PROFILE.replace("64", "0.006"))
     assert simulate(mixed(width=0.1, model=wide)).is_complete
-    with pytest.raises(ScenarioError, match=r"small has 0.003 MiB"):
+    with pytest.raises(ScenarioError, match=r"small has 0.006 MiB"):
         simulate(mixed(width=0.9, model=wide))
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from edgelearn.continual.strategy import Update
 from edgelearn.device.fleet_store import RecordFile
-from edgelearn.device.learner import RESIDUAL, Fit, make_learner
+from edgelearn.device.learners import make_learner
+from edgelearn.device.state import RESIDUAL, Fit
 from edgelearn.errors import RunError, ScenarioError
 from edgelearn.federated import by_message
 from edgelearn.federated import messages as wire

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from edgelearn.api import check_plugins
-from edgelearn.errors import ScenarioError
+from edgelearn.api import validate
+from edgelearn.errors import DatasetError, ScenarioError
+from edgelearn.scenario.datasets import Dataset
+from edgelearn.scenario.spec import DataSpec
 from edgelearn.testing.toy import toy_scenario
 
 
@@ -25,7 +27,22 @@ from edgelearn.testing.toy import toy_scenario
     ],
 )
 def test_arguments_of_every_plugin_are_checked(tables: dict[str, Any], told: str) -> None:
-    check_plugins(toy_scenario())
     with pytest.raises(ScenarioError) as caught:
-        check_plugins(toy_scenario(**tables))
+        validate(toy_scenario(**tables))
     assert told in str(caught.value)
+
+
+def far_away(spec: DataSpec) -> Dataset:
+    """A data set that is nowhere on this machine."""
+    assert not spec.download, "whoever validates does not want gigabytes"
+    raise DatasetError("nowhere on this machine")
+
+
+def test_without_its_data_the_rest_of_a_scenario_is_checked() -> None:
+    assert validate(toy_scenario()) is None
+    data = {"dataset": f"{__file__}:far_away", "download": True}
+    unseen = validate(toy_scenario(data=data))
+    assert isinstance(unseen, DatasetError)
+    assert "nowhere on this machine" in str(unseen)
+    with pytest.raises(ScenarioError, match=r"\[server\] strategy: unknown name 'FedAvgg'"):
+        validate(toy_scenario(data=data, server={"strategy": "FedAvgg"}))

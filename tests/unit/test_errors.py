@@ -17,6 +17,7 @@ LEAVES = [
     "ScenarioError",
     "PluginError",
     "DatasetError",
+    "DatasetMissingError",
     "StrategyError",
     "DivergenceError",
     "EgressError",
@@ -69,6 +70,7 @@ def test_a_missing_extra_says_what_to_install():
         ScenarioError("my.toml", [Fault("a", "b", "one", 3)]),
         ExtraMissingError(package="quadprog", extra="avalanche", needed_for="GEM"),
         errors.StateError("damaged"),
+        errors.DatasetMissingError("far away", remedy="look closer", is_fetched=True),
     ],
 )
 def test_errors_survive_the_way_out_of_a_worker_process(error):

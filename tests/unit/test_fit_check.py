@@ -10,9 +10,8 @@ import pytest
 
 from edgelearn.cli import main
 from edgelearn.device.profile import load_profile
-from edgelearn.fit_check import FitCheck, candidates, check_fit
+from edgelearn.fit_check import FitCheck, check_fit
 from edgelearn.scenario.load import from_dict
-from edgelearn.scenario.spec import ClientSpec
 
 PROFILE = "train_gflops = 1\ndownlink_mbps = 1\nuplink_mbps = 1\npower_w = 1\nradio_j_per_mb = 1\n"
 CNN = {"name": "cnn", "args": {"channels": [8, 8], "hidden": 16}}
@@ -111,16 +110,6 @@ def test_what_a_strategy_rules_out_is_not_suggested(raw: dict[str, Any], tmp_pat
     (verdict,) = checked(raw, tmp_path, needed.training.total - 1).verdicts
     assert verdict.remedy is None
     assert verdict.least_bytes == needed.training.total
-
-
-def test_candidates_begin_with_what_changes_no_result() -> None:
-    found = list(candidates(ClientSpec(strategy="naive", lr=0.1, batch_size=10)))
-    assert found[:4] == [{"accumulate": n} for n in (2, 4, 8, 10)]
-    assert found[4:6] == [{"checkpoint": True}, {"checkpoint": True, "accumulate": 10}]
-    assert all("train" in changes for changes in found[6:])
-    assert len(found) == 6 + 9
-    chosen = ClientSpec(strategy="naive", lr=0.1, batch_size=1, train="bias", checkpoint=True)
-    assert list(candidates(chosen)) == []
 
 
 def run(*arguments: str) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from edgelearn.compress.cost import cost, count_macs
-from edgelearn.errors import RunError
+from edgelearn.compress.cost import UncountedError, cost, count_macs
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,23 @@ class _Outside(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "example", "message"),
+    ("module", "example", "operator", "message"),
     [
-        (_Outside(), torch.zeros(1, 4), "16 MACs, but torch multiplied 20 times"),
-        (nn.Sequential(nn.LSTM(4, 3)), torch.zeros(1, 4), r"LSTM \(0\) can't be counted"),
-        (nn.Embedding(4, 3), torch.zeros(1, 2).long(), "Embedding .the network itself."),
+        (_Outside(), torch.zeros(1, 4), "mm", "16 MACs, but torch multiplied 20 times"),
+        (nn.Sequential(nn.LSTM(4, 3)), torch.zeros(1, 4), "LSTM", r"LSTM \(0\) can't be counted"),
+        (nn.Embedding(4, 3), torch.zeros(1, 2).long(), "Embedding", ".the network itself."),
     ],
 )
-def test_what_is_not_covered_is_refused_and_named(
-    module: nn.Module, example: torch.Tensor, message: str
+def test_what_is_not_covered_is_named_and_no_number_stands_for_it(
+    module: nn.Module, example: torch.Tensor, operator: str, message: str
 ) -> None:
-    with pytest.raises(RunError, match=message):
-        cost(module, example)
+    with pytest.raises(UncountedError, match=message):
+        count_macs(module, example)
+    found = cost(module, example)
+    assert (found.macs, found.uncounted) == (None, operator)
+    assert found.parameters == found.nonzero == sum(p.numel() for p in module.parameters())
+
+
+def test_the_error_survives_the_way_out_of_a_worker_process() -> None:
+    back = pickle.loads(pickle.dumps(UncountedError("mm", "why")))
+    assert (back.operator, str(back)) == ("mm", "why")

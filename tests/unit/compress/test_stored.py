@@ -82,17 +82,30 @@ def test_damage_is_noticed(bits: int | None, is_packed: bool) -> None:
             read(broken, source="file.safetensors")
 
 
-def test_packed_codes_that_changed_are_noticed_by_their_checksum() -> None:
-    data = bytearray(store(nn.Linear(50, 50, bias=False), bits=8, is_packed=True))
-    data[-300] ^= 1  # within the codes, which lie behind the scales
-    with pytest.raises(StateError, match="damaged"):
+@pytest.mark.parametrize("facts", [{}, {"a": "0" * 64, "sha256": "mine", "z": '"sha256": "'}])
+def test_one_bit_anywhere_is_noticed(facts: dict[str, str]) -> None:
+    data = store(nn.Linear(3, 2), bits=4, facts=facts)
+    assert len(read(data, source="x").facts["sha256"]) == 64
+    for place in range(len(data)):
+        broken = bytearray(data)
+        broken[place] ^= 1
+        with pytest.raises(StateError, match=r"file\.safetensors: "):
+            read(bytes(broken), source="file.safetensors")
+
+
+def test_values_that_changed_are_told_by_the_checksum() -> None:
+    data = bytearray(store(nn.Linear(50, 50, bias=False)))
+    data[-1] ^= 1
+    with pytest.raises(
+        StateError, match=r"x: damaged: its \d+ bytes have the SHA-256 [0-9a-f]{64}"
+    ):
         read(bytes(data), source="x")
 
 
 def test_files_of_others_are_refused() -> None:
     from safetensors.torch import save
 
-    with pytest.raises(StateError, match=r"format: none, expected edgelearn-network-1"):
+    with pytest.raises(StateError, match=r"format: none, expected edgelearn-network-2"):
         read(save({"a": torch.zeros(1)}), source="x")
     with pytest.raises(ValueError, match="bits is 5"):
         store(network(0), bits=5)

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from edgelearn.compress import structured
 from edgelearn.compress.cost import cost
 from edgelearn.compress.stored import read
+from edgelearn.compressing.command import compress_subject
 from edgelearn.compressing.run import Report, compress
+from edgelearn.compressing.subject import Subject
 from edgelearn.errors import ExtraMissingError, RunError, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.int8 import Int8Runtime
@@ -55,7 +58,9 @@ def test_each_stage_has_a_row_that_says_what_the_network_costs(done: tuple[Repor
         assert (row.parameters, row.nonzero, row.macs) == (172, found.nonzero, 16 * 8 + 8 * 4)
         assert 0 < row.p50_ms <= row.p99_ms
     assert [row.nonzero for row in report.rows[1:3]] == [172, 172 - 80]
-    assert [row.runtime for row in report.rows] == ["float, torch"] * 3 + ["int8"] * 2
+    assert [row.runtime for row in report.rows] == ["float, torch"] * 3 + [
+        "int8, 8-bit weights"
+    ] * 2
     assert report.rows[0].accuracy < report.rows[1].accuracy == 1.0
 
 
@@ -141,6 +146,46 @@ def test_faults_are_told_before_anything_is_done(
         with pytest.raises(kind, match=message):
             small(out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+class Mixing(nn.Module):
+    """Multiplies the pixels of an image with each other, outside of any layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1, 2)
+        return self.head(torch.bmm(x, x).flatten(1))
+
+
+def test_macs_that_can_not_be_counted_are_no_number_and_no_obstacle(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    subject = Subject(
+        module=Mixing(),
+        train=samples(),
+        test=samples(5),
+        factory=lambda *_: Mixing(),
+        facts={"model": "mixing", "dataset": "toy"},
+        pipeline="quantize",
+        seed=0,
+    )
+    out = tmp_path / "out"
+    report = compress_subject(subject, pipeline="prune(0.5) | quantize", out=out, num_runs=2)
+    assert [(row.macs, row.uncounted) for row in report.rows] == [(None, "bmm")] * 3
+    assert capsys.readouterr().out.count("not counted: bmm") == 3
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert rows[0]["macs"] is None
+
+
+def test_a_row_says_how_many_bits_are_served() -> None:
+    report = small(pipeline="quantize(4, args={weight_bits=4})")
+    assert [row.runtime for row in report.rows] == ["float, torch", "int8, 4-bit weights"]
+    seen = small(pipeline="quantize(4)")
+    assert seen.rows[1].runtime == "int8, 8-bit weights", "by default codes of 4 are served as 8"
 
 
 def test_onnxruntime_executes_float_and_integers_alike(tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def test_a_distilled_network_is_read_back_by_its_own_name(tmp_path: Path) -> Non
         (["cnn", "--args", "hiden=3"], 2, "hiden"),
         (["cnn", "--runs", "0"], 2, "--runs: got 0; at least 1"),
         (["cnn", "--max-train", "-1"], 2, "--max-train: got -1; at least 0"),
+        (["cnn", "--data", "image-folder"], 1, "name its folder: --root DIR\n"),
         (["nothing.safetensors"], 1, "the file is missing"),
     ],
 )

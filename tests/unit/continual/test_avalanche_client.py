@@ -31,7 +31,8 @@ from edgelearn.continual.local import Passage
 from edgelearn.continual.memory import Memory, TensorSpec
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.strategy import ClientStrategy, Facts, make_strategy
-from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import DeviceState
 from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import ExtraMissingError, PluginError, ScenarioError, StrategyError
 from edgelearn.federated import egress

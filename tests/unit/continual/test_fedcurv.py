@@ -13,7 +13,8 @@ from edgelearn.continual.fedcurv import FedCurv
 from edgelearn.continual.fisher import empirical_fisher
 from edgelearn.continual.memory import Memory
 from edgelearn.continual.naive import Naive
-from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import DeviceState
 from edgelearn.testing.contract import check_strategy
 from edgelearn.testing.subject import Subject
 from edgelearn.testing.toy import ToyDevice, toy_devices, toy_learner

@@ -11,7 +11,8 @@ from torch import Tensor
 from edgelearn.continual.fedmd import FedMD
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.strategy import ClientStrategy, Facts, make_strategy
-from edgelearn.device.learner import OWN, DeviceState, Fit, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import OWN, DeviceState, Fit
 from edgelearn.errors import ScenarioError
 from edgelearn.testing.contract import check_strategy
 from edgelearn.testing.toy import (

@@ -9,7 +9,8 @@ from torch import Tensor
 from edgelearn.continual.local_heads import FedPer, FedRep, num_in_head
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.strategy import ClientStrategy, make_strategy
-from edgelearn.device.learner import DeviceState, Fit, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import DeviceState, Fit
 from edgelearn.testing.contract import check_strategy
 from edgelearn.testing.subject import Subject
 from edgelearn.testing.toy import toy_devices, toy_learner, toy_model

@@ -12,7 +12,8 @@ from edgelearn.compress.prune import largest, prunable, two_of_four
 from edgelearn.continual.memory import Memory
 from edgelearn.continual.pruned import Pruned
 from edgelearn.continual.strategy import make_strategy
-from edgelearn.device.learner import DeviceState, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import DeviceState
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.testing.contract import check_strategy
 from edgelearn.testing.toy import toy_devices, toy_learner

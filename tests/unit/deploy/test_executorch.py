@@ -17,7 +17,7 @@ from edgelearn.cli import main
 from edgelearn.deploy import executorch
 from edgelearn.deploy.executorch import ExecuTorchPredictor, lower
 from edgelearn.deploy.export import calibration_samples, export_pte
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import ExtraMissingError, RunError
 from edgelearn.federated.rundir import read_model
 from edgelearn.params import FlatModel

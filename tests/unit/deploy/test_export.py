@@ -13,7 +13,7 @@ from torch import Tensor
 import edgelearn
 from edgelearn.cli import main
 from edgelearn.deploy.export import calibration_samples, export_onnx
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import RunError, StateError
 from edgelearn.federated.rundir import read_model, write_model
 from edgelearn.params import FlatModel

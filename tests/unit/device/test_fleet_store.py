@@ -9,7 +9,7 @@ import torch
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.device.fleet_store import UNWRITTEN, FleetStore, RecordFile, RecordLayout, Tables
-from edgelearn.device.learner import DeviceState
+from edgelearn.device.state import DeviceState
 from edgelearn.errors import StateError
 
 DECLARATION: Declaration = {

@@ -22,7 +22,8 @@ from edgelearn.continual.scaffold import Scaffold
 from edgelearn.continual.si import SI
 from edgelearn.continual.strategy import ClientStrategy
 from edgelearn.device.counting import Count
-from edgelearn.device.learner import Fit, Learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.state import Fit
 from edgelearn.device.training import Training
 from edgelearn.errors import ScenarioError
 from edgelearn.params import FlatModel

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import edgelearn
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.loop import DeviceLoop
+from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import DivergenceError, StateError
 from edgelearn.runtime.int8 import Int8Prepared, Int8Runtime
+from edgelearn.scenario.samples import OwnedSamples
 from edgelearn.scenario.world import build
 
 
@@ -142,3 +144,21 @@ def test_damaged_parameters_are_named(world, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(StateError, match=r"parameters\.safetensors: damaged or truncated"):
         wake(world, tmp_path)
+
+
+def test_a_strategy_that_needs_public_samples_is_refused_where_there_are_none(tmp_path):
+    scenario = edgelearn.load(
+        "split-digits",
+        data={"max_train": 100, "public": 10},
+        fleet={"num_devices": 1, "cohort": 1},
+        client={"strategy": "fedmd", "args": {}},
+    )
+    world = build(scenario)
+    with pytest.raises(StateError, match="'fedmd' learns with other devices by public samples"):
+        wake(world, tmp_path)
+    learner = make_learner(world)
+    store = OwnedSamples.empty(world.sample_shape, torch.uint8, world.train.encoding)
+    ids = store.add(world.train.stored(world.public), world.train.labels(world.public))
+    given = Stored(learner.initial_state(store, ids), store)
+    DeviceStore(tmp_path, digest=learner.layout.digest).save(given, learner.declaration)
+    assert wake(world, tmp_path, learner).position == 0, "with them it wakes up"

@@ -12,7 +12,8 @@ from edgelearn.continual.combined import Combined
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.strategy import ClientStrategy
-from edgelearn.device.learner import make_learner, steps_seed
+from edgelearn.device.learner import steps_seed
+from edgelearn.device.learners import make_learner
 from edgelearn.device.loop import DeviceLoop
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.scenario.world import build

@@ -13,8 +13,8 @@ from edgelearn.continual.memory import Declaration, Memory, TensorSpec
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.path import PathIntegral
 from edgelearn.continual.strategy import ClientStrategy, Pull
-from edgelearn.device.learner import DeviceState
 from edgelearn.device.optimizer import Mover
+from edgelearn.device.state import DeviceState
 from edgelearn.scenario.spec import ClientSpec
 from edgelearn.testing.toy import toy_devices, toy_learner
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import edgelearn
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.resident import ResidentDevice
 from edgelearn.device.store import DeviceStore, Stored
 from edgelearn.errors import DivergenceError, StateError

@@ -9,7 +9,7 @@ from edgelearn.continual.local import LocalTask, Trained
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.replay import Replay
 from edgelearn.continual.strategy import ClientStrategy
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import ScenarioError
 from edgelearn.scenario.load import from_dict
 from edgelearn.scenario.world import build

@@ -10,7 +10,7 @@ import torch
 
 from edgelearn.continual.memory import Declaration, Memory, SampleSpec, TensorSpec
 from edgelearn.continual.strategy import Update
-from edgelearn.device.learner import DeviceState
+from edgelearn.device.state import DeviceState
 from edgelearn.device.store import Answer, DeviceStore, Stored
 from edgelearn.errors import StateError, StrategyError
 from edgelearn.testing.toy import ENCODING, toy_images, toy_store

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edgelearn.device.learner import DeviceState, Learner, make_learner
+from edgelearn.device.learner import Learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.runtimes import RANGES, kept_in, num_ranges, places_of, remembered
+from edgelearn.device.state import DeviceState
 from edgelearn.device.tracking import Tracker, Trackers
 from edgelearn.runtime.int8 import Int8Runtime
 from edgelearn.runtime.ranges import Kept

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgelearn.device.fleet_store import FleetStore
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.errors import RunError
 from edgelearn.fleet.jobs import Done, Engine, Job, Phase
 from edgelearn.fleet.pool import PoolEngine

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from edgelearn.device.fleet_store import UNWRITTEN, FleetStore
-from edgelearn.device.learner import DeviceState, make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.device.runtimes import RANGES
+from edgelearn.device.state import DeviceState
 from edgelearn.errors import StateError
 from edgelearn.fleet.jobs import CohortDone, CohortFit
 from edgelearn.fleet.tracked import track

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgelearn import plugins
-from edgelearn.device.learner import make_learner
+from edgelearn.device.learners import make_learner
 from edgelearn.reproduce import fcl
 from edgelearn.scenario.datasets import fashion_mnist
 from edgelearn.scenario.spec import DataSpec

@@ -554,7 +554,7 @@ def test_a_run_with_such_a_network_fails_before_its_first_round(
     raw["runtime"] = {"name": "onnxruntime"}
     rounds: list[Any] = []
     scenario = edgelearn.scenario.load.from_dict(raw)
-    with pytest.raises(UnsupportedError, match="Tanh at '2'"):
+    with pytest.raises(ScenarioError, match="Tanh at '2'"):
         edgelearn.simulate(scenario, on_round=rounds.append)
     assert not rounds
 

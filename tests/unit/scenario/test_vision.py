@@ -85,7 +85,7 @@ def test_every_fifth_of_a_folder_without_parts_is_a_test_image(tmp_path: Path) -
 
 
 def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"name the folder.*\[data\] root"):
+    with pytest.raises(DatasetError, match=r"name its folder: \[data\] root"):
         load_dataset(spec(""))
     with pytest.raises(DatasetError, match="is not a folder"):
         load_dataset(spec(tmp_path / "nowhere"))
