@@ -35,6 +35,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "random-k": {"share": 0.2, "values": "int8", "feedback": True},
     "int4+lzma": {},
     "top-k+lzma": {"share": 0.1},
+    "random-k+lzma": {"share": 0.2, "values": "int4", "block": 64},
 }
 DIFFERS = {"wall_s", "cpu_s", "engine", "updates_per_s"}
 
