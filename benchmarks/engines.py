@@ -25,6 +25,7 @@ from parts import (
     device,
     evaluation,
     ewc,
+    feedback,
     memory,
     pipelines,
     pruning,
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "device": device.measure,
     "scaling": scaling.measure,
     "codecs": codecs.measure,
+    feedback.PART: feedback.measure,
     pipelines.PART: pipelines.measure,
     pruning.PART: pruning.measure,
 }

@@ -223,6 +223,8 @@ def _pipeline(name: str, field: str) -> Any:
 
 _INT4 = "int4, blocks of 1,024, entropy-coded"
 _TOP_K = "top-k, 1 %, int8, entropy-coded"
+_RESCALED = f"{_TOP_K}, rescaled"
+_RANDOM_K = "random-k, 5 %, int4, blocks of 1,024, entropy-coded"
 _CNN_PRUNED, _INT8, _CHANNELS = "small CNN, pruned", "MobileNetV2, int8", "MobileNetV2, channels"
 
 TARGETS = (
@@ -310,6 +312,14 @@ TARGETS = (
     Target(f"{_INT4}: lost", 0.5, False, _codec(codecs.lost, _INT4), " points"),
     Target(f"{_TOP_K}: fewer bytes up", 150, True, _codec(codecs.fewer, _TOP_K), " x"),
     Target(f"{_TOP_K}: lost", 2.5, False, _codec(codecs.lost, _TOP_K), " points"),
+    *(
+        target
+        for name in (_RESCALED, _RANDOM_K)  # to the same end, found later
+        for target in (
+            Target(f"{name}: fewer bytes up", 150, True, _codec(codecs.fewer, name), " x"),
+            Target(f"{name}: lost", 2.5, False, _codec(codecs.lost, name), " points"),
+        )
+    ),
     Target(
         f"{_CNN_PRUNED} to 0.9, int8, packed: fewer bytes",
         22,

@@ -28,7 +28,7 @@ from edgelearn.compress.packing import bit_bytes, pack_bits, unpack_bits
 from edgelearn.compress.quantized import BLOCK
 from edgelearn.compress.values import Values
 from edgelearn.params import Layout
-from edgelearn.seeds import permutation, split
+from edgelearn.seeds import split, subset
 
 
 def kept_of(layout: Layout, share: float) -> tuple[int, ...]:
@@ -237,11 +237,10 @@ class RandomK(Codec):
 
     def _places(self, layout: Layout, word: int) -> Tensor:
         """Return the places that a word chooses, ascending."""
+        places, counts = layout.places.values(), kept_of(layout, self._share)
         found = [
-            place.start + np.sort(permutation(split(word, index), place.stop - place.start)[:count])
-            for index, (place, count) in enumerate(
-                zip(layout.places.values(), kept_of(layout, self._share), strict=True)
-            )
+            place.start + subset(split(word, index), place.stop - place.start, count)
+            for index, (place, count) in enumerate(zip(places, counts, strict=True))
         ]
         return torch.from_numpy(np.concatenate(found))
 
