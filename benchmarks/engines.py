@@ -26,6 +26,7 @@ from parts import (
     device,
     evaluation,
     ewc,
+    feedback,
     memory,
     pipelines,
     pruning,
@@ -44,6 +45,7 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "scaling": scaling.measure,
     "codecs": codecs.measure,
     calibration.PART: calibration.measure,
+    feedback.PART: feedback.measure,
     pipelines.PART: pipelines.measure,
     pruning.PART: pruning.measure,
 }

@@ -17,6 +17,7 @@ from parts import (
     device,
     evaluation,
     ewc,
+    feedback,
     int8_training,
     memory,
     nodes,
@@ -65,6 +66,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     (pipelines.PART, "Pipelines of compression", pipelines.section),
     (pruning.PART, "Pruning while learning", pruning.section),
     ("codecs", "What crosses the wire", codecs.section),
+    (feedback.PART, feedback.TITLE, feedback.section),
 )
 # Parts with a script of their own.
 SCRIPTS = {

@@ -25,7 +25,13 @@ ARGUMENTS = [
     ("random-k", {"share": 0.3, "feedback": False}),
     ("random-k", {"share": 0.5, "values": "int8", "feedback": False}),
     ("random-k", {"share": 0.01, "values": "int8", "feedback": True}),
+    ("random-k", {"share": 0.2, "values": "int4", "block": 16}),
+    ("random-k", {"share": 0.1, "values": "int4", "feedback": True}),
+    ("top-k", {"share": 0.1, "values": "int4", "block": 3}),
+    ("top-k", {"share": 0.02, "feedback": False, "rescale": True}),
+    ("top-k", {"share": 0.1, "values": "int8", "feedback": False, "rescale": True}),
     ("int4+lzma", {}),
+    ("random-k+lzma", {"share": 0.2, "values": "int4"}),
     ("top-k+lzma", {"share": 0.1, "values": "int8"}),
 ]
 

@@ -36,6 +36,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "random-k": {"share": 0.2, "values": "int8", "feedback": True},
     "int4+lzma": {},
     "top-k+lzma": {"share": 0.1},
+    "random-k+lzma": {"share": 0.2, "values": "int4", "block": 64},
 }
 DIFFERS = {"wall_s", "cpu_s", "engine", "updates_per_s"}
 
@@ -174,6 +175,7 @@ def test_bytes_are_those_of_what_is_sent(federation: str) -> None:
         ({"codec": "top-k", "args": {"share": 0.1}}, 4 / (0.4 + 1 / 8)),
         ({"codec": "top-k", "args": {"share": 0.01, "values": "int8"}}, 4 / 0.05),
         ({"codec": "random-k", "args": {"share": 0.1}}, 10.0),
+        ({"codec": "random-k", "args": {"share": 0.1, "values": "int4", "block": 64}}, 71.0),
     ):
         # Four devices' replies, and beside them what they say when they evaluate.
         overhead = 4 * 1200
@@ -246,6 +248,45 @@ def test_error_feedback_learns_what_is_lost_without_it(small: Make) -> None:
         return float(simulate(scenario).rounds[-1]["loss"])
 
     assert last_loss() < last_loss(feedback=False)
+
+
+BATCH_NORM = """
+    from torch import nn
+
+
+    def network(input_shape, num_classes):
+        size = input_shape[0] * input_shape[1] * input_shape[2]
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(size, 32), nn.BatchNorm1d(32), nn.ReLU(),
+            nn.Linear(32, num_classes),
+        )
+"""
+
+
+@pytest.mark.parametrize(
+    ("codec", "args"),
+    [
+        ("top-k", {"share": 0.01, "feedback": False, "rescale": True}),
+        ("random-k", {"share": 0.03}),
+    ],
+)
+def test_a_network_with_batch_norm_learns_from_a_few_numbers(
+    small: Make, tmp_path: Path, codec: str, args: dict[str, Any]
+) -> None:
+    """A hundredth of its variances, or a few of them multiplied by thirty, left it at chance."""
+    path = tmp_path / "norm.py"
+    path.write_text(textwrap.dedent(BATCH_NORM))
+    scenario = small(
+        model={"name": f"{path}:network", "args": {}},
+        client={"strategy": "naive", "args": {}},
+        wire={"codec": codec, "args": args},
+        stream={"num_experiences": 1, "rounds_per_experience": 10},
+        fleet={"num_devices": 4, "cohort": 4},
+        evaluate={"every_rounds": 10},
+    )
+    run = simulate(scenario, out=tmp_path / "run", engine="reference")
+    assert run.scores().average_accuracy > 0.5
+    assert float(model_of(tmp_path / "run")["2.running_var"].min()) > 0
 
 
 def test_devices_that_keep_a_residual_are_not_trained_together() -> None:

@@ -27,6 +27,8 @@ CODECS = [
     RandomK(0.4, feedback=False),
     RandomK(0.4, values="int8", feedback=True),
     RandomK(0.2, values="int8", feedback=False),
+    RandomK(0.3, values="int4", feedback=False, block=3),
+    TopK(0.2, values="int4", feedback=False, rescale=True),
 ]
 FED_BACK = [TopK(0.2), RandomK(0.2, feedback=True), TopK(0.2, values="int8")]
 

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
-from edgelearn.seeds import derive, numpy_generator, torch_generator
+from edgelearn import seeds as seeds_module
+from edgelearn.seeds import derive, numpy_generator, permutation, subset, torch_generator
 
 
 def test_the_same_numbers_on_every_machine():
@@ -58,3 +60,17 @@ def test_no_global_random_state_is_touched():
 def test_seeds_and_plugins_do_not_import_torch():
     code = "import sys, edgelearn.seeds, edgelearn.plugins; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 0), (1, 1), (7, 0), (7, 3), (100, 99), (100, 100)])
+def test_a_subset_is_the_beginning_of_the_permutation(size, count):
+    for seed in range(5):
+        assert subset(seed, size, count).tolist() == sorted(permutation(seed, size)[:count])
+
+
+def test_of_equal_words_the_first_are_in_the_subset(monkeypatch):
+    words = np.array([5, 2, 5, 5, 1], np.uint64)
+    monkeypatch.setattr(seeds_module, "split_all", lambda seed, places: words[places])
+    assert [subset(0, 5, count).tolist() for count in range(1, 6)] == [
+        sorted(permutation(0, 5)[:count].tolist()) for count in range(1, 6)
+    ]

@@ -44,6 +44,9 @@ def size_of(codec: Codec, layout: Layout = LAYOUT) -> int:
         (TopK(0.1, values="int8"), 39 + 31 + 4 * 2),
         (RandomK(0.1), 8 + 4 * 31),
         (RandomK(0.1, values="int8"), 8 + 31 + 4 * 2),
+        (RandomK(0.1, values="int8", block=10), 8 + 31 + 4 * (3 + 1)),
+        (RandomK(0.1, values="int4"), 8 + 16 + 4 * 2),  # 31 codes
+        (TopK(0.1, values="int4", block=30), 39 + 16 + 4 * 2),
     ],
 )
 def test_bytes_are_as_stated(codec: Codec, size: int) -> None:
@@ -122,6 +125,67 @@ def test_top_k_keeps_more_than_its_share_of_the_energy(share: float) -> None:
         assert float(left.square().sum()) <= (1 - count / len(whole)) * float(whole.square().sum())
 
 
+def test_rescaled_top_k_by_hand() -> None:
+    layout = Layout(("w", "b"), ((5,), (2,)), 2)
+    update = torch.tensor([1.0, -4.0, 2.0, 2.0, 0.0, 0.0, 0.0])
+    codec = TopK(0.2, feedback=False, rescale=True)  # 1 of each
+    found = codec.decode(layout, codec.encode(layout, update, seeded()))
+    assert found.tolist() == [0, -5, 0, 0, 0, 0, 0]  # ||w|| = 5
+    assert codec.error(layout, update) == pytest.approx([1, 4, 2, 2, 0, 0, 0])
+    update[1] = -1.5  # what is sent, 2, is a number of the same norm as 2, 2, 1.5, 1
+    factor = math.sqrt(4 + 4 + 2.25 + 1) / 2
+    found = codec.decode(layout, codec.encode(layout, update, seeded()))
+    assert found == pytest.approx([0, 0, 2 * factor, 0, 0, 0, 0])
+    assert not codec.keeps_residual
+    assert not codec.is_unbiased
+
+
+def test_rescaling_gives_each_tensor_its_norm_and_no_more() -> None:
+    update = 1e-25 * normal(3)  # squares of it are no float32
+    update[300:] *= 1e6
+    plain, codec = TopK(0.05, feedback=False), TopK(0.05, feedback=False, rescale=True)
+    found = codec.decode(LAYOUT, codec.encode(LAYOUT, update, seeded()))
+    other = plain.decode(LAYOUT, plain.encode(LAYOUT, update, seeded()))
+    for place, count in zip(LAYOUT.places.values(), kept_of(LAYOUT, 0.05), strict=True):
+        whole, sent, unscaled = (v[place].double() for v in (update, found, other))
+        assert float(sent.norm()) == pytest.approx(float(whole.norm()))
+        factor = float(sent.norm() / unscaled.norm())
+        assert 1 < factor <= math.sqrt(len(whole) / count)
+        torch.testing.assert_close(sent, factor * unscaled, rtol=1e-6, atol=0)
+
+
+def test_what_int4_stands_for_is_a_seventh_of_the_largest_in_its_block() -> None:
+    update = torch.zeros(P)
+    update[:6] = torch.tensor([7.0, 3.0, -2.0, 0.7, 0.1, -0.3])
+    codec = TopK(0.02, values="int4", block=3)  # two blocks of w, one of b
+    found = codec.decode(LAYOUT, codec.encode(LAYOUT, update, seeded()))
+    assert found[:4].tolist() == pytest.approx([7, 3, -2, 0.7])
+    # 0.1 and 0.3 are one and three sevenths of 0.7.
+    assert found[4:6].tolist() == pytest.approx([0.1, -0.3])
+    assert not found[6:].any()
+
+
+@pytest.mark.parametrize("codec", [RandomK(0.1), TopK(0.1), RandomK(0.1, values="int8")])
+def test_statistics_are_sent_whole_and_as_they_are(codec: Codec) -> None:
+    layout = Layout(
+        ("w", "gamma", "frozen", "running_var", "batches", "shared/control"),
+        ((20, 5), (20,), (10, 2), (20,), (), (20,)),
+        2,
+        1,
+    )
+    assert kept_of(layout, 0.1) == (10, 2, 2, 20, 1, 2)
+    update = torch.randn(layout.size, generator=seeded())
+    found = decoded(codec, layout, codec.encode(layout, update, seeded()))
+    place = layout.places["running_var"]
+    step = float(update[place].abs().max()) / 127
+    assert float((found[place] - update[place]).abs().max()) <= step
+    assert int((found != 0).sum()) <= 37
+    sent = found[layout.places["w"]] != 0
+    if isinstance(codec, RandomK):  # and what is drawn is scaled as ever
+        ratio = found[layout.places["w"]][sent] / update[layout.places["w"]][sent]
+        assert float(ratio.median()) == pytest.approx(10, rel=0.1)
+
+
 def test_random_k_draws_other_places_each_time_and_the_same_on_both_sides() -> None:
     update, codec = normal(), RandomK(0.1, feedback=True)
     found = [codec.decode(LAYOUT, codec.encode(LAYOUT, update, seeded(s))) for s in range(2)]
@@ -154,6 +218,8 @@ def test_random_k_without_feedback_scales_what_it_sends() -> None:
         (TopK(0.01), {"places": torch.tensor([0, 1, 1, 3], dtype=torch.int32)}, "can't decode"),
         (TopK(0.1), {"places": torch.full((39,), 255, dtype=torch.uint8)}, "can't decode"),
         (RandomK(), {"word": torch.tensor([-1])}, "can't decode"),
+        (RandomK(values="int4"), {"codes": torch.zeros(16, dtype=torch.uint8)}, "can't decode"),
+        (TopK(values="int4"), {"codes": torch.zeros(31, dtype=torch.int8)}, "is not"),
         (Float16(), {"more": torch.zeros(1)}, "does not declare"),
     ],
 )
@@ -189,7 +255,14 @@ def test_seed_round_and_device_decide_the_draw_and_nothing_else() -> None:
         ("int4", {"block": 2.5}, "block is 2.5"),
         ("top-k", {"share": 0}, "share is 0; a number above 0 and at most 1"),
         ("top-k", {"share": 1.5}, "share is 1.5"),
-        ("top-k", {"values": "int4"}, "values is 'int4'; allowed: float32, int8"),
+        ("top-k", {"values": "int2"}, "values is 'int2'.*allowed: float32, int8, int4"),
+        ("random-k", {"values": "flaot32"}, "did you mean 'float32'"),
+        ("random-k", {"values": "int4", "block": 0}, "block is 0; a whole number from 1"),
+        ("random-k", {"block": 64}, "block is 64, and values of float32 have no scales"),
+        ("top-k", {"rescale": 1, "feedback": False}, "rescale is 1; true or false"),
+        ("top-k", {"rescale": True}, "rescale and feedback are both true"),
+        ("top-k", {"rescal": True}, "did you mean 'rescale'"),
+        ("random-k", {"rescale": True}, "does not take it"),
         ("random-k", {"feedback": 1}, "feedback is 1; true or false"),
         ("float16", {"block": 1}, "does not take it"),
         ("none", {"block": 1}, "sent as they are"),

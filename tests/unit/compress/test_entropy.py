@@ -27,6 +27,8 @@ CODECS = [
     TopK(0.3),
     TopK(0.01, values="int8"),
     RandomK(0.05, values="int8"),
+    RandomK(0.3, values="int4", block=64),
+    TopK(0.3, values="int4", feedback=False, rescale=True),
 ]
 
 
