@@ -145,14 +145,8 @@ def section(result: dict[str, Any]) -> str:
         each = statistics.mean(run["bytes_up"] / rounds for run in found)
         lines.append(
             f"| {name} | {each / 1e3:,.1f} | {fewer(result, name) or 0:,.1f} x "
-            f"| {spread([100 * run['accuracy'] for run in found])} "
-            f"| {spread(losses(result, name))} "
-            f"| {spread([100 * run['forgetting'] for run in found])} |"
+            f"| {results.spread([100 * run['accuracy'] for run in found])} "
+            f"| {results.spread(losses(result, name))} "
+            f"| {results.spread([100 * run['forgetting'] for run in found])} |"
         )
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """Return mean and sample standard deviation."""
-    mean = f"{statistics.mean(values):.1f}".replace("-", "\N{MINUS SIGN}")
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"

@@ -89,7 +89,7 @@ def section(result: dict[str, Any]) -> str:
                 continue
             lines.append(
                 f"| {stream} | {codec} | {codecs.fewer(result, name, plain) or 0:,.1f} x "
-                f"| {codecs.spread([100 * run['accuracy'] for run in found])} "
-                f"| {codecs.spread(codecs.losses(result, name, plain))} |"
+                f"| {results.spread([100 * run['accuracy'] for run in found])} "
+                f"| {results.spread(codecs.losses(result, name, plain))} |"
             )
     return "\n".join(lines)
