@@ -75,7 +75,7 @@ def permutation(seed: int, count: int) -> NDArray[np.int64]:
 
     Example:
         >>> permutation(1, 5).tolist()
-        [0, 1, 2, 3, 4]
+        [4, 3, 0, 1, 2]
     """
     return np.argsort(split_all(seed, np.arange(count)), kind="stable")
 

@@ -72,9 +72,9 @@ def section(result: dict[str, Any]) -> str:
             f"`{codecs.SCENARIO}` with {fleet['num_devices']} devices in place of 100, a cohort of "
             f"{fleet['cohort']} as above, and as many samples a device (a fifth of them all): a "
             "device takes part in every other round in the mean, where above it is one in ten. "
-            "Once with the scenario's stream, and once with 40 rounds of all classes, where an "
-            "update of earlier rounds is as good as a new one. This fleet and these streams were "
-            "chosen to see what feedback is worth, and not for their figures; columns as above."
+            "Once with the scenario's stream, and once with 40 rounds of all classes, where what "
+            "was held back is of the same classes still; the second was added when feedback was "
+            "seen to cost accuracy on the first. Columns as above."
         ),
         "",
         "| stream | updates | fewer | accuracy, % | lost, points |",
