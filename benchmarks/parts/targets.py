@@ -373,8 +373,6 @@ more out; with 1 and 8 it unfolds the image byte by byte and multiplies matrices
 time at all, int8 would just reach 1.2 x. Blocks of places as channels, a depthwise convolution of a
 repeated channel, a fixed batch and the session's options change no integer and gained less than a
 tenth; signed activations double the convolution. With four times as many channels int8 is quicker.
-*MobileNetV2, agreement of the two int8*: ONNX Runtime folds batch norm into weights before they are
-rounded and carries sums as codes, torch's int8 does neither, so codes differ; accuracies do not.
 *top-k 1 %*, with feedback: new classes come every eight rounds, and with ten of a hundred devices
 in a round each meets the server four times, so what it held back is stale by then; feedback brings
 nothing here ("When error feedback pays" has a fleet and a stream where it does). The rows of
