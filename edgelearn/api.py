@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgelearn.errors import DatasetError, Fault, ScenarioError
+from edgelearn.errors import DatasetMissingError, Fault, ScenarioError
 from edgelearn.federated.record import RunRecord
 from edgelearn.fleet.prepare import prepare
 from edgelearn.fleet.simulate import simulate
@@ -80,7 +80,7 @@ def compare(
     }
 
 
-def validate(scenario: Scenario) -> DatasetError | None:
+def validate(scenario: Scenario) -> DatasetMissingError | None:
     """Build all that a run of a scenario would be built from, so that its faults show.
 
     Nothing is downloaded for it. Where the data is not on this machine, only what needs none is
@@ -91,11 +91,12 @@ def validate(scenario: Scenario) -> DatasetError | None:
 
     Raises:
         ScenarioError: With all faults, those that a run would be refused for.
+        DatasetError: If the data is here and damaged, or less than the scenario asks for.
         ExtraMissingError: If a package is not installed that the scenario needs.
     """
     local = replace(scenario, data=replace(scenario.data, download=False))
     try:
         prepare(local)
-    except DatasetError as error:
+    except DatasetMissingError as error:
         return error
     return None

@@ -107,7 +107,7 @@ def image_folder(spec: DataSpec) -> Dataset:
         raise DatasetMissingError("image-folder: no folder is named; it has one subfolder a class")
     root = Path(spec.root).expanduser()
     if not root.is_dir():
-        raise DatasetError(f"image-folder: {root} is not a folder")
+        raise DatasetMissingError(f"image-folder: {root} is not a folder")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if (root / "train").is_dir() and test is not None:
         classes, x_train, y_train = _read(root / "train")
