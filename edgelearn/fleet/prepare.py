@@ -158,6 +158,8 @@ def _check_learners(
         runtime = faults.attempt(partial(learners.runtime, kind), "runtime", "name")
         if learner is not None and runtime is not None:
             faults.add(_answer_faults(world, kind, learner, runtime))
+        if learner is not None and learner.codec is not None:
+            faults.attempt(partial(learner.codec.pieces, learner.layout), "wire", "codec")
 
 
 def _answer_faults(world: World, kind: Kind, learner: Learner, runtime: Runtime) -> Iterator[Fault]:

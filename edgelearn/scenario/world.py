@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgelearn import plugins
-from edgelearn.errors import Fault, ScenarioError
+from edgelearn.errors import Fault, ScenarioError, StateError
 from edgelearn.params import FlatModel
 from edgelearn.scenario.arrivals import Arrivals, arrivals, domain_of, drifted, first_met
 from edgelearn.scenario.datasets import load_dataset
@@ -245,7 +245,7 @@ class World:
                 module = factory(
                     input_shape=self.sample_shape, num_classes=self.num_classes, **spec.args
                 )
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, StateError) as error:  # the last is of a stored network
                 fault = Fault(table, "args", str(error))
                 raise ScenarioError(self.scenario.name, [fault]) from error
         if not isinstance(module, nn.Module):

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgelearn.cli import main
+from edgelearn.compress.codec import Codec, Piece
 from edgelearn.continual.memory import Declaration
 from edgelearn.continual.naive import Naive
 from edgelearn.continual.strategy import Facts
 from edgelearn.errors import Fault, RunError, ScenarioError
 from edgelearn.fleet.prepare import prepare
 from edgelearn.fleet.simulate import simulate
-from edgelearn.params import FlatModel
+from edgelearn.params import FlatModel, Layout
 from edgelearn.scenario.load import to_toml
 from edgelearn.testing.toy import NUM_CLASSES, SHAPE, toy_scenario
 
@@ -31,6 +33,22 @@ def tanh_network(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module
 def narrow_network(**_: Any) -> nn.Module:
     """A network for samples of another size."""
     return nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+
+
+class Bounded(Codec):
+    """A codec whose messages differ in size."""
+
+    def pieces(self, layout: Layout) -> dict[str, Piece]:
+        return {"values": Piece((layout.size,), torch.float32, is_bound=True)}
+
+    def encode(self, layout: Layout, update: Tensor, generator: torch.Generator) -> Any:
+        raise NotImplementedError
+
+    def decode(self, layout: Layout, message: Any) -> Tensor:
+        raise NotImplementedError
+
+    def error(self, layout: Layout, update: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class Demanding(Naive):
@@ -91,6 +109,16 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         {"model": {"name": f"{__file__}:narrow_network", "args": {}}},
         "model.name",
         "the network can't take samples (1, 4, 4): ",
+    ),
+    "a stored network whose file is not there": (
+        {"model": {"name": "stored", "args": {"file": "nowhere.safetensors"}}},
+        "model.args",
+        "nowhere.safetensors: the file is missing",
+    ),
+    "messages of no fixed size, compressed": (
+        {"wire": {"codec": f"{__file__}:Bounded+lzma"}},
+        "wire.codec",
+        "Bounded declares 'values' of no fixed size",
     ),
     "a server that steps on what is only added up": (
         {"client": {"strategy": "scaffold"}, "server": {"strategy": "FedAdam"}},
