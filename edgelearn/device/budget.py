@@ -21,7 +21,7 @@ from edgelearn.device.counting import Count
 from edgelearn.device.footprint import Needs, needs
 from edgelearn.device.learner import Learner
 from edgelearn.device.learners import FleetLearners, make_learner
-from edgelearn.device.profile import Profile
+from edgelearn.device.profile import Profile, load_profile
 from edgelearn.device.runtimes import runtime_of
 from edgelearn.device.training import decoded_at_once
 from edgelearn.errors import Fault, ScenarioError
@@ -226,10 +226,11 @@ def budget_faults(
         learners: How its devices learn.
         profiles: Of each device.
     """
-    held: dict[str, tuple[Profile, dict[int, Kind]]] = {}
+    held: dict[tuple[str, float], tuple[Profile, dict[int, Kind]]] = {}
     places = world.kinds.places_of(len(profiles)).tolist()
     for place, profile in zip(places, profiles, strict=True):
-        held.setdefault(profile.name, (profile, {}))[1][place] = world.kinds.kinds[place]
+        key = profile.name, profile.memory_mib  # files in two folders may have one name
+        held.setdefault(key, (profile, {}))[1][place] = world.kinds.kinds[place]
     at_most_of: dict[tuple[str, float], int] = {}
     ways: Ways | None = None
     for profile, kinds in held.values():
@@ -286,8 +287,10 @@ def at_most(learner: Learner, sample_shape: tuple[int, ...]) -> int:
 
 def reference_of(scenario: Scenario, profile: Profile) -> str:
     """Return how a scenario names a profile: by its name, or by the path of a file."""
-    names = (name for name in scenario.fleet.profiles if Path(name).stem == profile.name)
-    return next(names, profile.name)
+    named = [name for name in scenario.fleet.profiles if Path(name).stem == profile.name]
+    if len(named) > 1:  # files in several folders
+        named = [name for name in named if load_profile(name) == profile]
+    return next(iter(named), profile.name)
 
 
 def _why_not(verdict: Verdict) -> str:

@@ -62,6 +62,16 @@ def test_a_run_is_refused_where_fit_check_says_so(raw: dict[str, Any], tmp_path:
         simulate(from_dict(raw))
 
 
+def test_boards_of_one_name_are_told_apart(raw: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    large, small = board(tmp_path / "large", 1e8), board(tmp_path / "small", 1_000)
+    for references in ((large, small), (small, large)):
+        (fault,) = faults(with_profiles(raw, *references))
+        assert fault.key == small
+        assert f"--profile {small}`" in fault.message
+
+
 def test_where_no_option_helps_the_refusal_says_so(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
