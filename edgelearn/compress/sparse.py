@@ -40,10 +40,12 @@ def kept_of(layout: Layout, share: float) -> tuple[int, ...]:
     Example:
         >>> kept_of(Layout(("w", "b"), ((10, 10), (3,)), 2), 0.1)
         (10, 1)
+        >>> kept_of(Layout(("w", "b"), ((10, 10), (3,)), 2), 1e-12)
+        (1, 1)
         >>> kept_of(Layout(("w", "running_var"), ((10, 10), (10,)), 1), 0.1)
         (10, 10)
     """
-    counts = [min(size, math.ceil(share * size - 1e-9)) for size in layout.sizes]
+    counts = [min(size, max(math.ceil(share * size - 1e-9), 1)) for size in layout.sizes]
     for index in range(layout.num_trained_tensors, len(counts) - layout.num_shared_tensors):
         if len(layout.shapes[index]) <= 1:  # a frozen weight has more
             counts[index] = layout.sizes[index]
