@@ -32,7 +32,8 @@ from edgelearn.errors import StateError
 from edgelearn.params import FlatModel
 
 _CODES, _SCALES = "codes/", "scales/"
-_METADATA, _FORMAT = "edgelearn", "edgelearn-network-2"
+_METADATA, _FORMATS = "edgelearn", "edgelearn-network-"
+_FORMAT = f"{_FORMATS}2"
 _CHECKSUM, _UNKNOWN = "sha256", "0" * 64
 _DENSE, _PACKED = "dense", "packed"
 
@@ -109,6 +110,11 @@ def read(data: bytes, *, source: str) -> Stored:
         StateError: If the bytes are damaged, or `store` did not write them.
     """
     facts = _facts(data, source)
+    if facts.get("format", "").startswith(_FORMATS) and facts["format"] != _FORMAT:
+        raise StateError(
+            f"{source}: another version of edgelearn wrote it, in a form that this one does not "
+            f"read ({facts['format']}, expected {_FORMAT}); write it anew: edgelearn compress"
+        )
     if facts.get("format") != _FORMAT:
         raise StateError(
             f"{source}: not a network with its name, as `edgelearn compress` writes it "

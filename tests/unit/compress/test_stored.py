@@ -107,6 +107,9 @@ def test_files_of_others_are_refused() -> None:
 
     with pytest.raises(StateError, match=r"format: none, expected edgelearn-network-2"):
         read(save({"a": torch.zeros(1)}), source="x")
+    earlier = {"edgelearn": '{"format": "edgelearn-network-1"}'}
+    with pytest.raises(StateError, match=r"x: another version of edgelearn wrote it"):
+        read(save({"a": torch.zeros(1)}, metadata=earlier), source="x")
     with pytest.raises(ValueError, match="bits is 5"):
         store(network(0), bits=5)
     with pytest.raises(ValueError, match="bits is None"):
