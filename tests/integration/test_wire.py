@@ -38,6 +38,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "top-k+lzma": {"share": 0.1},
     "random-k+lzma": {"share": 0.2, "values": "int4", "block": 64},
 }
+FEDERATIONS = ("faithful", "fused")
 DIFFERS = {"wall_s", "cpu_s", "engine", "updates_per_s"}
 
 
@@ -115,10 +116,17 @@ def test_it_goes_with_any_client_strategy(
     assert lines(tmp_path / "workers") == lines(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("federation", ["faithful", "fused"])
-@pytest.mark.parametrize("codec", ["int8", "top-k", "random-k", "top-k+lzma"])
+@pytest.mark.parametrize(
+    ("codec", "args", "federation"),
+    [
+        *((c, {}, f) for c in ("int8", "top-k", "random-k", "top-k+lzma") for f in FEDERATIONS),
+        ("top-k", {"values": "int4", "block": 16}, "faithful"),
+        ("random-k+lzma", {"values": "int4", "block": 16, "feedback": True}, "fused"),
+        ("top-k", {"values": "int8", "block": 7, "feedback": False, "rescale": True}, "fused"),
+    ],
+)
 def test_a_resumed_run_has_the_same_bits(
-    small: Make, tmp_path: Path, codec: str, federation: str
+    small: Make, tmp_path: Path, codec: str, args: dict[str, Any], federation: str
 ) -> None:
     class Crash(BaseException):
         pass
@@ -127,7 +135,7 @@ def test_a_resumed_run_has_the_same_bits(
         if progress.server_round == 3:
             raise Crash
 
-    scenario = small(wire={"codec": codec}, fleet={"cohort": 4})
+    scenario = small(wire={"codec": codec, "args": args}, fleet={"cohort": 4})
     simulate(scenario, out=tmp_path / "whole", federation=federation)
     cut = tmp_path / "cut"
     with pytest.raises(Crash):
