@@ -170,9 +170,15 @@ class Ways:
             runtime_of(scenario, kind),
             self._samples,
             overhead_bytes=self._overhead_bytes,
-            proximal_mu=float(scenario.server.args.get("proximal_mu", 0.0)),
+            proximal_mu=_proximal_mu(scenario),
         )
         return Way(changes, found)
+
+
+def _proximal_mu(scenario: Scenario) -> float:
+    """Return FedProx's mu; a strategy of somebody's own may mean something else by the name."""
+    mu = scenario.server.args.get("proximal_mu", 0.0)
+    return float(mu) if isinstance(mu, int | float) else 0.0
 
 
 def candidates(spec: ClientSpec) -> Iterator[dict[str, Any]]:

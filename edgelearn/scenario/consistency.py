@@ -15,6 +15,7 @@ from edgelearn.scenario.spec import (
     EvaluateSpec,
     FleetSpec,
     LabelSpec,
+    ServerSpec,
     StreamSpec,
     VariantSpec,
 )
@@ -35,6 +36,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     yield from _fleet_faults(fleet, asked, stream["num_experiences"])
     yield from _variant_faults(values.get("model", {}).get("variants") or {}, fleet)
     yield from _client_faults(_complete(ClientSpec, values.get("client", {})))
+    yield from _server_faults(_complete(ServerSpec, values.get("server", {})))
     if None not in stream.values():
         yield from _domain_faults(stream)
         yield from _arrival_faults(stream)
@@ -143,6 +145,14 @@ def _client_faults(client: Mapping[str, Any]) -> Iterator[Fault]:
     if parts is not None and size is not None and parts > size:
         message = f"got {parts}; a batch of {size} has at most so many parts (batch_size)"
         yield Fault("client", "accumulate", message)
+
+
+def _server_faults(server: Mapping[str, Any]) -> Iterator[Fault]:
+    """Check what Flower takes as it is, and sends to the devices."""
+    mu = (server["args"] or {}).get("proximal_mu", 0)
+    is_own = ":" in (server["strategy"] or "")  # may mean anything by it
+    if not is_own and (isinstance(mu, bool) or not isinstance(mu, int | float) or mu < 0):
+        yield Fault("server.args", "proximal_mu", f"got {mu!r}; a number from 0 is expected")
 
 
 def _domain_faults(stream: Mapping[str, Any]) -> Iterator[Fault]:

@@ -43,6 +43,9 @@ DOMAINS = {"stream.kind": "domain-incremental"}
         ({"stream.detector_args": {"x": 1}}, "detector_args: boundaries are told"),
         ({"stream.boundaries": "detected", "stream.cumulative": True}, "come again"),
         ({"labels.delay": 5}, "delay: got 5; the stream has 5 positions"),
+        ({"server.args": {"proximal_mu": "x"}}, "proximal_mu: got 'x'; a number from 0"),
+        ({"server.args": {"proximal_mu": True}}, "proximal_mu: got True; a number from 0"),
+        ({"server.args": {"proximal_mu": -0.1}}, "proximal_mu: got -0.1; a number from 0"),
         ({"fleet.late_share": 0.5, "stream.num_experiences": 1}, "late_share: got 0.5; one"),
         ({"fleet.leaving_share": 0.5, "stream.num_experiences": 1}, "leaving_share: got 0.5; one"),
         (
