@@ -372,7 +372,10 @@ def _validate(options: argparse.Namespace) -> int:
         unseen = validate(scenario)
     path = find(options.scenario)
     if unseen is not None:
-        print(f"{path}: what depends on the data was not checked: {unseen}", file=sys.stderr)
+        why = str(unseen)
+        if unseen.is_fetched and scenario.data.download:
+            why = f"{unseen.what}\na run downloads it, as the scenario says"
+        print(f"{path}: what depends on the data was not checked: {why}", file=sys.stderr)
     print(f"{path}: valid, {scenario.num_rounds} rounds, digest {scenario.digest}")
     return DONE
 

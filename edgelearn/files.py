@@ -72,12 +72,14 @@ def read_checked(path: Path, digest: str | None = None) -> bytes:
     """Read a file, and check it against its fingerprint where one is known.
 
     Raises:
-        StateError: If the file is missing, or differs from what was written.
+        StateError: If the file is missing, can't be read, or differs from what was written.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise StateError(f"{path}: the file is missing") from None
+    except OSError as error:  # a folder, no permission, ...
+        raise StateError(f"{path}: cannot be read: {error.strerror}") from error
     if digest is not None and digest_of(data) != digest:
         raise StateError(
             f"{path}: damaged or truncated ({len(data)} bytes with fingerprint "

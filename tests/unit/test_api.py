@@ -66,3 +66,21 @@ def test_data_that_is_damaged_is_refused_as_by_a_run(
         out, err = capsys.readouterr()
         assert "damaged or truncated" in err
         assert "valid" not in out
+
+
+def far_but_fetched(_: DataSpec) -> Dataset:
+    """A data set that a download would bring."""
+    raise DatasetMissingError("nowhere on this machine", is_fetched=True)
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_download_is_offered_only_where_it_is_not_allowed_yet(
+    download: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    data = {"dataset": f"{__file__}:far_but_fetched", "download": download}
+    path.write_text(to_toml(toy_scenario(data=data)))
+    assert main(["validate", str(path)]) == 0
+    err = capsys.readouterr().err
+    assert ("allow the download: --set data.download=true" in err) is not download
+    assert ("a run downloads it" in err) is download

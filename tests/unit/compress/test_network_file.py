@@ -65,6 +65,8 @@ def test_what_does_not_fit_is_refused(file: Path, tmp_path: Path) -> None:
         stored(input_shape=SHAPE, num_classes=12, file=str(file))
     with pytest.raises(StateError, match="nowhere"):
         stored(input_shape=SHAPE, num_classes=CLASSES, file=str(tmp_path / "nowhere"))
+    with pytest.raises(StateError, match="cannot be read: Is a directory"):
+        stored(input_shape=SHAPE, num_classes=CLASSES, file=str(tmp_path))
     anonymous = tmp_path / "anonymous.safetensors"
     anonymous.write_bytes(store(nn.Linear(2, 2)))
     with pytest.raises(StateError, match="does not say its model"):
