@@ -49,7 +49,7 @@ golden: $(READY) ## Rewrite the golden runs (a change of results: say why in CHA
 bench: $(READY) ## Measure, and rewrite docs/benchmarks.md
 	$(BIN)/python benchmarks/demo.py
 
-bench-engines: $(READY) ## Measure the engines beside Flower, pfl and Avalanche (half an hour)
+bench-engines: $(READY) ## Measure the engines beside Flower, pfl and Avalanche (hours)
 	$(BIN)/python benchmarks/engines.py
 
 e2e: $(READY) ## Run only the end-to-end tests (real processes, real Flower server)

@@ -1,6 +1,6 @@
 """Measure edgelearn's engines and its peers, and rewrite docs/benchmarks.md.
 
-    python benchmarks/engines.py                    everything; about half an hour on 2 cores
+    python benchmarks/engines.py                    everything; hours on 2 cores
     python benchmarks/engines.py --only w1,memory   some parts; each has a result file of its own
     python benchmarks/engines.py --quick            proves that the scripts work; means nothing
 

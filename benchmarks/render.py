@@ -34,7 +34,7 @@ INTRO = """# Benchmarks
 
 Every figure here was measured by a script in `benchmarks/` and rendered from the JSON files in
 `benchmarks/results/`, which hold every repetition, versions, seed and configuration. `make bench`
-repeats the demo, `make bench-engines` the rest (about half an hour on 2 cores), `python
+repeats the demo, `make bench-engines` most of the rest (hours on 2 cores), `python
 benchmarks/render.py` writes this page again.
 
 How to read it: timings on shared machines are noisy, **the ratio is the result**. Engines take
