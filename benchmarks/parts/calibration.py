@@ -31,13 +31,14 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 def measure(options: Options) -> dict[str, Any]:
     """Train each network once for each seed; a turn is a seed."""
     torch.set_num_threads(1)
-    dataset = "digits" if options.quick else "fashion-mnist"
+    dataset, count = ("digits", 1) if options.quick else ("fashion-mnist", 3)
     config = {
         "ways": {name: dict(arguments) for name, arguments in WAYS.items()},
         "dataset": dataset,
         "num_calibration": _NUM_CALIBRATION,
         "num_test": _NUM_TEST,
         "workload": {"seed": 0},
+        "seeds": count,
         "command": f"python benchmarks/engines.py --only {PART}",
     }
 
@@ -47,7 +48,7 @@ def measure(options: Options) -> dict[str, Any]:
             for name in (CNN, MOBILENET)
         }
 
-    return results.repeat(PART, runs, options, config=config, repetitions=1 if options.quick else 3)
+    return results.repeat(PART, runs, options, config=config, repetitions=count)
 
 
 def _run(name: str, dataset: str, seed: int, *, is_quick: bool) -> dict[str, Any]:

@@ -73,12 +73,13 @@ def measure(options: Options) -> dict[str, Any]:
             for name, (codec, args) in CODECS.items()
         }
 
+    count = 1 if options.quick else 3
     config = {
         "workload": scenario("none", {}, seed=0, quick=options.quick).as_dict(),
         "codecs": {name: [codec, dict(args)] for name, (codec, args) in CODECS.items()},
+        "seeds": count,
         "command": f"python benchmarks/engines.py --only {PART}",
     }
-    count = 1 if options.quick else 3
     return results.repeat(PART, runs, options, config=config, repetitions=count)
 
 
