@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ _SCENARIO: dict[str, Any] = {
     },
     "client": {"strategy": "naive", "lr": 0.05},
 }
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what was imported; Flower's strategies call it for every array."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
