@@ -272,7 +272,7 @@ def check_same(overrides: dict[str, Any], out: Path, simulated: Path) -> None:
                 for each in (record, expected)
             )
             assert found == wanted, (kind, key)
-    assert record.scores() == expected.scores()
+    assert repr(record.scores()) == repr(expected.scores())  # NaN, where one experience has none
 
 
 @pytest.mark.slow
