@@ -3,7 +3,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY  := $(VENV)/.ready
+
+# Tests start many processes, which need not compile edgelearn anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types golden bench bench-engines e2e docs clean
@@ -13,15 +17,20 @@ help: ## Print this help
 
 setup: $(READY) ## Create .venv and install edgelearn with all extras
 
+# The kernels are built beside the installation, and modules compiled on all cores, which pip does on
+# one; compileall also tries templates that are no Python, so what it says does not count.
 $(READY): pyproject.toml $(wildcard native/pyproject.toml native/CMakeLists.txt native/src/*.* native/src/simd/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "edgelearn needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing edgelearn into $(VENV) (a few minutes, once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
 	@if command -v c++ > /dev/null; then \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check ./native; \
-	else echo "No C++ compiler: edgelearn works without its compiled kernels, only slower."; fi
+		rm -rf $(VENV)/native; $(PIP) wheel --no-deps --wheel-dir $(VENV)/native ./native & kernels=$$!; \
+	else echo "No C++ compiler: edgelearn works without its compiled kernels, only slower."; fi; \
+	$(PIP) install --no-compile --editable '.[all,dev]' || exit; \
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib; \
+	if [ -n "$$kernels" ]; then \
+		wait $$kernels && $(PIP) install --no-deps --force-reinstall $(VENV)/native/*.whl; fi
 	@touch $(READY)
 
 demo: $(READY) ## Simulate a fleet that learns without forgetting, and one that forgets
@@ -32,8 +41,9 @@ test: $(READY) ## Run the tests, the linters and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types || { echo "mypy found faults: see above"; exit 1; }; exit $$tests
 
 lint: $(READY) ## Lint and format in place
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ Built-ins are entry points like anybody else's: what `pyproject.toml` declares i
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -13,6 +14,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ SERVER_STRATEGIES = "flower"  # names are Flower's own; there are no entry point
 
 def names(group: str) -> tuple[str, ...]:
     """Return the sorted names that a plug-in group offers."""
-    return tuple(sorted({entry.name for entry in importlib.metadata.entry_points(group=group)}))
+    return tuple(sorted(_entries(group)))
 
 
 def resolve(reference: str, group: str) -> Any:
@@ -46,7 +48,7 @@ def resolve(reference: str, group: str) -> Any:
     """
     if ":" in reference:
         return _from_location(reference)
-    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
+    found = _entries(group)
     if reference not in found:
         kind = group.rpartition(".")[2].replace("_", " ")
         raise PluginError(
@@ -87,6 +89,23 @@ def argument_faults(kind: type[Any], arguments: Mapping[str, Any], table: str) -
         for name in arguments
         if name not in parameters
     ]
+
+
+def _entries(group: str) -> Mapping[str, EntryPoint]:
+    return _entries_in(group, tuple((place, _changed_at(place)) for place in sys.path))
+
+
+def _changed_at(place: str) -> int:
+    try:
+        return Path(place).stat().st_mtime_ns
+    except (OSError, ValueError):
+        return 0
+
+
+@functools.lru_cache(maxsize=32)
+def _entries_in(group: str, _places: tuple[tuple[str, int], ...]) -> Mapping[str, EntryPoint]:
+    """Look through all packages, which takes far longer than to see that none was installed."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
 
 
 def _from_location(reference: str) -> Any:

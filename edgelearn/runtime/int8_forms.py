@@ -135,9 +135,10 @@ class _Skeleton(nn.Module):
             self.add_module(_rounded_name(value), Rounded())
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x
-        for _, value in self._network.walk(self._made(self._network.input, x), self._step):
-            out = value
+        network, out = self._network, x
+        for name, value in network.walk(self._made(network.input, x), self._step):
+            if name == network.output:
+                out = value
         return out
 
     def _step(self, step: Operator, taken: list[Tensor]) -> Tensor:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from edgelearn.cli import main
+
 SMALL = [
     "--set", "data.max_train=200", "--set", "data.max_test=50",
     "--set", "fleet.num_devices=4", "--set", "fleet.cohort=2",
@@ -50,18 +52,29 @@ def test_wrong_usage_is_2_and_one_clear_error(tmp_path: Path) -> None:
     done = edgelearn("run", "split-digit", cwd=tmp_path, code=2)
     assert "did you mean 'split-digits'?" in done.stderr
     assert not list(tmp_path.iterdir())
-    done = edgelearn("run", "split-digits", "--set", "client.lrr=1", cwd=tmp_path, code=2)
-    assert "unknown key (did you mean 'lr'?)" in done.stderr
-    done = edgelearn("run", "split-digits", "--client", "replya", cwd=tmp_path, code=2)
-    assert "did you mean 'replay'?" in done.stderr
-    done = edgelearn("run", "split-digits", "--set", "client.args.capacty=3", cwd=tmp_path, code=2)
-    assert "did you mean 'capacity'?" in done.stderr
-    done = edgelearn(
-        "run", "split-digits", "--set", "server.strategy=FedAvgg", cwd=tmp_path, code=2
-    )
-    assert "did you mean 'FedAvg'?" in done.stderr
-    assert not list(tmp_path.iterdir())
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--set", "client.lrr=1"], "unknown key (did you mean 'lr'?)"),
+        (["--client", "replya"], "did you mean 'replay'?"),
+        (["--set", "client.args.capacty=3"], "did you mean 'capacity'?"),
+        (["--set", "server.strategy=FedAvgg"], "did you mean 'FedAvg'?"),
+    ],
+)
+def test_a_misspelling_is_2_and_what_was_meant(
+    wrong: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "split-digits", *wrong]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_fails_is_1_with_the_first_cause(tmp_path: Path) -> None:
@@ -86,13 +99,16 @@ def test_validate_lists_every_fault(tmp_path: Path) -> None:
     edgelearn("copy", "split-digits", "mine.toml", cwd=tmp_path, code=2)  # never overwritten
 
 
-def test_compare_prints_csv_and_json_on_stdout_alone(tmp_path: Path) -> None:
+def test_compare_prints_csv_and_json_on_stdout_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["compare", "split-digits", *SMALL, "--client", "naive,ewc,replay", "--seeds", "2"]
     rows = list(csv.DictReader(io.StringIO(edgelearn(*arguments, "--format", "csv",
                                                      cwd=tmp_path).stdout)))  # fmt: skip
     assert len({row["strategy"] for row in rows}) == 3
-    parsed = json.loads(edgelearn(*arguments, "--format", "json", cwd=tmp_path).stdout)
-    assert parsed
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)
     assert not list(tmp_path.iterdir())
 
 
@@ -144,7 +160,11 @@ COMMANDS = re.findall(r"^\$ (edgelearn .*)$", README.read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, which imports torch once and not for each."""
+    monkeypatch.chdir(tmp_path)
     assert len(COMMANDS) >= 5
     for command in COMMANDS:
-        edgelearn(*shlex.split(command)[1:], cwd=tmp_path)
+        assert main(shlex.split(command)[1:]) == 0, command

@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
     "model.args": {"hidden": [16]},
     "fleet.num_devices": 2,
     "fleet.cohort": 2,
-    "stream.num_experiences": 2,
+    "stream.num_experiences": 1,
     "stream.rounds_per_experience": 2,
     "client.strategy": "replay",
     "client.args": {"capacity": CAPACITY},
@@ -272,7 +272,7 @@ def check_same(overrides: dict[str, Any], out: Path, simulated: Path) -> None:
                 for each in (record, expected)
             )
             assert found == wanted, (kind, key)
-    assert record.scores() == expected.scores()
+    assert repr(record.scores()) == repr(expected.scores())  # NaN, where one experience has none
 
 
 @pytest.mark.slow
@@ -302,6 +302,7 @@ def test_a_device_that_was_restarted_still_remembers(fleet: Fleet, tmp_path: Pat
         "fleet.width": {str(small): 0.5},
         "fleet.runtime_args": {str(small): {"weight_bits": 4}},
         "server.strategy": "HeteroFL",
+        "stream.num_experiences": 2,
         "stream.rounds_per_experience": 1,
         "evaluate.every_rounds": 1,
         "seed": 1,

@@ -100,13 +100,13 @@ def test_kill_9_of_a_real_process(small: Make, tmp_path: Path) -> None:
     directory = tmp_path / "killed"
     command = [sys.executable, "-m", "edgelearn.cli", "run", str(file), "--out", str(directory)]
     killed = 0
-    for num_lines in (2, 5, 9):
+    for num_lines in (2, 8):
         process = start([*command, "--checkpoint-every", "0", "--engine", "pool"])
         wait_for_lines(directory / "record.jsonl", num_lines, process)
         os.killpg(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         command = [sys.executable, "-m", "edgelearn.cli", "run", "--resume", str(directory)]
-    assert killed == 3
+    assert killed == 2
     final = subprocess.run(command, capture_output=True, text=True, check=False)
     assert final.returncode == 0, final.stderr
     assert result(directory) == result(tmp_path / "whole")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
 import pytest
@@ -13,6 +14,16 @@ from edgelearn.errors import Fault, PluginError
 def write(path, text):
     path.write_text(text)
     return path
+
+
+def install(folder, name, entry_points):
+    """Put a package's metadata into a folder, at another time than what is there already."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    write(info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    write(info / "entry_points.txt", entry_points)
+    later = folder.stat().st_mtime_ns + 2_000_000_000
+    os.utime(folder, ns=(later, later))
 
 
 def test_built_ins_are_entry_points():
@@ -124,15 +135,35 @@ def test_a_module_that_fails_while_it_is_imported(tmp_path, monkeypatch):
 def test_an_entry_point_that_cannot_be_loaded(tmp_path, monkeypatch):
     write(tmp_path / "edgelearn_test_failing_entry.py", "raise ValueError('bad day')")
     monkeypatch.syspath_prepend(tmp_path)
-    entries = [
-        importlib.metadata.EntryPoint("bad", "edgelearn_test_failing_entry:X", "g"),
-        importlib.metadata.EntryPoint("gone", "edgelearn.continual.replay:Nothing", "g"),
-    ]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+    install(
+        tmp_path,
+        "failing",
+        "[g]\nbad = edgelearn_test_failing_entry:X\ngone = edgelearn.continual.replay:Nothing\n",
+    )
     with pytest.raises(PluginError, match=r"'bad' \(edgelearn_test_failing_entry:X\).*bad day"):
         plugins.resolve("bad", "g")
     with pytest.raises(PluginError, match=r"'gone' .* cannot be loaded"):
         plugins.resolve("gone", "g")
+
+
+def test_what_is_installed_meanwhile_is_found_and_nothing_is_looked_up_twice(tmp_path, monkeypatch):
+    looked_up = []
+    real = importlib.metadata.entry_points
+
+    def counted(*, group):
+        looked_up.append(group)
+        return real(group=group)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", counted)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert plugins.names("edgelearn.test") == ()
+    install(tmp_path, "first", "[edgelearn.test]\none = edgelearn.plugins:resolve\n")
+    for _ in range(3):
+        assert plugins.names("edgelearn.test") == ("one",)
+        assert plugins.resolve("one", "edgelearn.test") is plugins.resolve
+    assert looked_up == ["edgelearn.test"] * 2
+    install(tmp_path, "second", "[edgelearn.test]\ntwo = edgelearn.plugins:names\n")
+    assert plugins.names("edgelearn.test") == ("one", "two")
 
 
 # -- arguments -------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "LFLPlugin": {"lambda_e": 0.1},
     "LwF": {"alpha": 1.0, "temperature": 2.0},
     "LwFPlugin": {"alpha": 1.0, "temperature": 2.0},
-    "MER": {"mem_size": 8, "batch_size_mem": 2},
+    "MER": {"mem_size": 8, "batch_size_mem": 2, "n_inner_steps": 2},
     "MIR": {"mem_size": 8, "subsample": 8, "batch_size_mem": 2},
     "MIRPlugin": {"mem_size": 8, "subsample": 8, "batch_size_mem": 2},
     "RARPlugin": {"mem_size": 8, "batch_size_mem": 4},
