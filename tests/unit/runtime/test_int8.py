@@ -17,6 +17,7 @@ from edgelearn.errors import ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
 from edgelearn.runtime.int8 import Int8Predictor, Int8Runtime
+from edgelearn.runtime.int8_forms import Layers, form_of
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.models import cnn, mlp
 from edgelearn.scenario.world import build
@@ -354,6 +355,19 @@ def test_batch_norm_is_folded_into_the_layer_before_it() -> None:
     bias = (views["0.bias"] - views["1.running_mean"]) * factor + views["1.bias"]
     torch.testing.assert_close(served.tensors["0.bias"], bias)
     assert not any(name.startswith("1") for name in served.tensors)
+
+
+def test_a_deep_network_is_read_as_any_other() -> None:
+    """Whatever a reader tries it with must not grow beyond float32 from layer to layer."""
+    block = lambda: (nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU())  # noqa: E731
+    model = made(lambda: nn.Sequential(*(m for _ in range(60) for m in block())))
+    assert type(form_of(model, (128,))) is not Layers
+
+
+def test_a_network_without_finite_answers_is_served_layer_by_layer() -> None:
+    model = made(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model.module[0].weight.data.fill_(float("inf"))  # type: ignore[index,union-attr,operator]
+    assert type(form_of(model, (4,))) is Layers
 
 
 def test_batch_norm_that_can_not_be_folded_stays_float() -> None:
