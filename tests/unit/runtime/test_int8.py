@@ -168,6 +168,15 @@ def test_without_calibration_each_input_has_its_own_range(name: str) -> None:
     assert torch.equal(predict(x), alone)  # an answer does not depend on its neighbours
 
 
+@pytest.mark.parametrize("name", ["linear", "linear over places", "conv"])
+def test_no_inputs_get_no_answers(name: str) -> None:
+    factory, shape = LAYERS[name]
+    model, none = made(factory), torch.empty(0, *shape)
+    expected = model(model.initial(), none).shape
+    for calibration in (none, randn(4, *shape)):
+        assert serve(model, calibration)(none).shape == expected
+
+
 def test_a_large_bias_is_not_rounded_to_float32() -> None:
     """A bias code may take all of 32 bits; the sum with it has to stay exact."""
     model = made(lambda: nn.Linear(8, 3))
@@ -366,7 +375,7 @@ def test_a_deep_network_is_read_as_any_other() -> None:
 
 def test_a_network_without_finite_answers_is_served_layer_by_layer() -> None:
     model = made(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-    model.module[0].weight.data.fill_(float("inf"))  # type: ignore[index,union-attr,operator]
+    next(model.module.parameters()).data.fill_(float("inf"))
     assert type(form_of(model, (4,))) is Layers
 
 
