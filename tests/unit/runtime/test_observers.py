@@ -200,6 +200,27 @@ def test_dynamic_activations_are_those_of_a_device_without_samples() -> None:
 
 
 @torch.no_grad()
+def test_weights_that_layers_share_are_stored_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+
+    model, x = made(Tied()), randn(5, 6)
+    served = Int8Runtime(activations="float").prepare(model, model.initial())
+    assert served.calibrated(x).model_bytes == 36 + 4 * 6 + 2 * 4 * 6
+    params = model.initial()
+    weight = model.layout.views(params)["first.weight"]
+    codes, scale = quantize_weight(weight)
+    weight.copy_(codes * scale.view(-1, 1))
+    assert torch.equal(served.calibrated(x)(x), model(params, x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weight_only_multiplies_floats_by_what_codes_stand_for(bits: int) -> None:
     model, x = made(mlp(input_shape=(6,), num_classes=3, hidden=(5,))), randn(20, 6)
