@@ -113,7 +113,7 @@ class _Reader:
             self._module.children()
         ):
             output = self._module_step(self._module, "", "output", ("input",))
-            return Network(tuple(self._operators), "input", output)
+            return self._folded(Network(tuple(self._operators), "input", output))
         entry = output = ""
         try:
             graph = Tracer().trace(self._module)
@@ -228,11 +228,12 @@ class _Reader:
     def _norm(self, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> Norm:
         if module.running_mean is None:
             raise _unsupported(f"{type(module).__name__} without running statistics", name)
+        prefix = f"{name}." if name else ""
         return Norm(
-            self._stored[f"{name}.weight"] if module.affine else None,
-            self._stored[f"{name}.bias"] if module.affine else None,
-            self._stored[f"{name}.running_mean"],
-            self._stored[f"{name}.running_var"],
+            self._stored[f"{prefix}weight"] if module.affine else None,
+            self._stored[f"{prefix}bias"] if module.affine else None,
+            self._stored[f"{prefix}running_mean"],
+            self._stored[f"{prefix}running_var"],
             module.eps,
         )
 

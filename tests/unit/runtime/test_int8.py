@@ -393,6 +393,12 @@ def test_batch_norm_that_can_not_be_folded_stays_float() -> None:
     assert isinstance(served.skeleton[2], nn.BatchNorm1d)  # type: ignore[index]
 
 
+def test_a_norm_alone_stays_float() -> None:
+    model, x = made(lambda: nn.BatchNorm1d(4)), randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(serve(model, x)(x), model(model.initial(), x))
+
+
 class Halved(nn.Module):
     """Twice x, once through a layer that changes nothing."""
 
