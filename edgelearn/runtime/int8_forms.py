@@ -163,6 +163,14 @@ def _rounded_name(value: str) -> str:
 
 # -- layer by layer --------------------------------------------------------------------------------
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
 
 @final
 class Layers(Form):
@@ -245,12 +253,28 @@ def _quantized_names(module: nn.Module) -> set[str]:
 
 def _with_quantized_layers(module: nn.Module) -> nn.Module:
     if _is_quantized(module):
-        return QuantizedLayer(module).eval()
+        return _quantized(module).eval()
     skeleton = copy.deepcopy(module).eval()
     made: dict[int, QuantizedLayer] = {}
     for name, layer in list(skeleton.named_modules(remove_duplicate=False)):
         if _is_quantized(layer):
             owner, _, leaf = name.rpartition(".")
-            quantized = made.setdefault(id(layer), QuantizedLayer(layer))
+            quantized = made.setdefault(id(layer), _quantized(layer))
             setattr(skeleton.get_submodule(owner), leaf, quantized)
+    for layer in skeleton.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            # Torch's fast path would take its layers' float weights; hooks keep it off.
+            layer.register_forward_pre_hook(_pass_on)
     return skeleton
+
+
+def _quantized(layer: Layer) -> QuantizedLayer:
+    """Return the quantized layer, with the hooks that the float one has."""
+    quantized = QuantizedLayer(layer)
+    for name in _HOOKS:
+        getattr(quantized, name).update(getattr(layer, name))
+    return quantized
+
+
+def _pass_on(_layer: nn.Module, _inputs: object) -> None:
+    """Change nothing."""

@@ -464,6 +464,31 @@ def test_shared_layers_and_shared_weights() -> None:
     close(model, randn(20, 4), 0.3, params)
 
 
+def test_hooks_do_to_a_quantized_layer_what_they_do_to_the_float_one() -> None:
+    model, x = made(lambda: nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))), randn(50, 6)
+    model.module[0].register_forward_pre_hook(lambda _layer, inputs: (3 * inputs[0],))  # type: ignore[index]
+    model.module[0].register_forward_hook(lambda _layer, _inputs, out: out + 5)  # type: ignore[index]
+    close(model, x, 0.1)
+    alone = made(lambda: nn.Linear(6, 4))
+    alone.module.register_forward_hook(lambda _layer, _inputs, out: out + 5)
+    close(alone, x, 0.05)
+
+
+def test_torch_s_fast_path_of_attention_is_not_taken() -> None:
+    """It reads float weights of layers that have none any more."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.encoder(x).mean(1))  # type: ignore[no-any-return]
+
+    close(made(Attention), randn(30, 5, 8), 0.05)
+
+
 def test_a_subclass_that_may_do_anything_stays_float() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
