@@ -55,6 +55,12 @@ def test_a_percentile_is_by_nearest_rank_from_both_ends(
     assert (float(low), float(high)) == pair
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 1000])
+def test_a_percentile_next_to_50_has_its_ends_in_order(count: int) -> None:
+    low, high = Percentile(50 + 1e-9).range_of(torch.arange(float(count)))
+    assert (float(low), float(high)) == ((count - 1) // 2, count // 2)
+
+
 def test_an_outlier_is_cut_off_by_a_percentile_only() -> None:
     values = torch.cat([THOUSAND, torch.tensor([1e6])])
     assert float(MinMax().range_of(values)[1]) == 1e6
@@ -92,6 +98,10 @@ def test_with_a_rate_of_one_the_last_sample_counts() -> None:
         ({"calibration": "percentile", "percentile": 100.1}, "allowed: above 50"),
         ({"calibration": "percentile", "percentile": float("nan")}, "allowed: above 50"),
         ({"calibration": "moving-average", "averaging": 0}, "averaging is 0; allowed: above 0"),
+        ({"calibration": "percentile", "percentile": "99"}, "percentile is '99'; allowed: above"),
+        ({"calibration": "percentile", "percentile": True}, "percentile is True; allowed: above"),
+        ({"calibration": "moving-average", "averaging": True}, "averaging is True; allowed: above"),
+        ({"calibration": "moving-average", "averaging": "1"}, "averaging is '1'; allowed: above 0"),
         ({"percentile": 99}, "percentile is an argument of calibration 'percentile'"),
         (
             {"calibration": "percentile", "averaging": 0.1},
