@@ -9,9 +9,10 @@ they have no parameters, and sums of two values, so residual networks. Each laye
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,36 @@ _RESHAPES = ("view", "reshape", torch.reshape)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
+_FOLLOWING = threading.Lock()  # of two that overlap, one would leave torch patched for good
+
+
+@final
+class _Follower(Tracer):
+    """Follows the modules of its own thread alone: torch patches those of the whole process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Note a call, or let another thread's happen."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Note a parameter that is looked up, or let another thread have it."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 class _Reader:
     """Follows one forward pass."""
 
@@ -116,7 +147,8 @@ class _Reader:
             return self._folded(Network(tuple(self._operators), "input", output))
         entry = output = ""
         try:
-            graph = Tracer().trace(self._module)
+            with _FOLLOWING:
+                graph = _Follower().trace(self._module)
         except Exception as error:  # whatever a forward pass does that can't be followed
             raise UnsupportedError(
                 f"the forward pass can't be followed: {type(error).__name__}: {error}"
