@@ -1,4 +1,4 @@
-"""Reading networks while other threads are at work: torch's tracer changes all modules for it."""
+"""Reading networks: what a trace does not show, and what it does to other threads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from edgelearn.params import FlatModel
+from edgelearn.runtime.network import UnsupportedError
 from edgelearn.runtime.network_reader import read_network
 
 WAIT_S = 20.0  # whoever waits so long has failed
@@ -67,3 +69,28 @@ def test_two_that_are_read_at_once_leave_torch_as_it_was() -> None:
         first_is_done.set()
         second[0].result(WAIT_S)
     assert nn.Module.__call__ is before
+
+
+class Overwriting(nn.Module):
+    """Changes a value in place that others take later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.first(x)
+        kept.add_(self.second(x))
+        return self.last(kept)  # type: ignore[no-any-return]
+
+
+def hooked() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    module.register_forward_hook(lambda _module, _inputs, out: 2 * out)
+    return module
+
+
+@pytest.mark.parametrize("factory", [Overwriting, hooked])
+def test_what_a_graph_does_not_show_is_noticed(factory: Callable[[], nn.Module]) -> None:
+    with pytest.raises(UnsupportedError, match="something that reading it does not show"):
+        read_network(FlatModel(factory()), (4,))
