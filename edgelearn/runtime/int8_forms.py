@@ -186,11 +186,6 @@ class Layers(Form):
     def parts(self, model: FlatModel, params: Tensor) -> Parts:
         """Return the parts; weights and biases are views of the parameters [P]."""
         views, stored = model.layout.views(params), _stored_names(model.module)
-        weights: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for prefix in self.layers:
-            bias = stored.get(f"{prefix}bias")
-            weight = views[stored[f"{prefix}weight"]]
-            weights[prefix] = weight, None if bias is None else views[bias]
         quantized = _quantized_names(model.module)
         # What a layer that stays float shares with a quantized one is kept for it.
         taken = {stored[name] for name in stored if name not in quantized}
@@ -199,7 +194,7 @@ class Layers(Form):
             for name, view in views.items()
             if not name.startswith(SHARED) and (name in taken or name not in stored.values())
         }
-        return Parts(weights, in_float, partial(self._observe, model, params))
+        return Parts(weights_of(model, params), in_float, partial(self._observe, model, params))
 
     def _observe(self, model: FlatModel, params: Tensor, x: Tensor, see: See) -> None:
         def hook_of(prefix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -215,6 +210,22 @@ class Layers(Form):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def weights_of(model: FlatModel, params: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return weight and bias of each layer that is quantized, by prefix: views of parameters [P].
+
+    Layers that share a weight have the same view.
+    """
+    views, stored = model.layout.views(params), _stored_names(model.module)
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, layer in model.module.named_modules():
+        if _is_quantized(layer):
+            prefix = _prefix(name)
+            bias = stored.get(f"{prefix}bias")
+            weight = views[stored[f"{prefix}weight"]]
+            found[prefix] = weight, None if bias is None else views[bias]
+    return found
 
 
 def _prefix(name: str) -> str:

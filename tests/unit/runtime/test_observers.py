@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from edgelearn.runtime.protocol import (
     Runtime,
     make_runtime,
 )
+from edgelearn.runtime.weight_only import WeightOnlyPredictor
 from edgelearn.scenario.models import cnn, mlp
 
 
@@ -228,6 +230,14 @@ def test_weights_that_layers_share_are_stored_once() -> None:
     codes, scale = quantize_weight(weight)
     weight.copy_(codes * scale.view(-1, 1))
     assert torch.equal(served.calibrated(x)(x), model(params, x))
+
+
+def test_weight_only_makes_no_copy_of_the_network() -> None:
+    """It needs none, and some networks hold what can't be copied."""
+    model = made(mlp(input_shape=(6,), num_classes=3))
+    model.module.lock = threading.Lock()  # type: ignore[assignment]
+    served = Int8Runtime(activations="float").prepare(model, model.initial())
+    assert isinstance(served, WeightOnlyPredictor)
 
 
 @torch.no_grad()
