@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def export_onnx(
 ) -> Exported:
     """Write the model of a finished run as an ONNX file.
 
-    Ranges are taken as the run's scenario says (`calibration` among the runtime's arguments).
+    Ranges are taken as the run's devices take them (`calibration_of`).
 
     Args:
         directory: Directory of the run.
@@ -79,9 +80,7 @@ def export_onnx(
         raise RunError("weight_bits is 0 (this processor's); name those of the device: 7, 8 or 32")
     engine("onnxruntime")  # before anything else is done
     served = _served(directory, num_calibration)
-    own = served.world.scenario.runtime.args
-    ways = {name: own[name] for name in CALIBRATION if name in own}
-    runtime = OnnxRuntime(weight_bits=weight_bits, **ways)
+    runtime = OnnxRuntime(weight_bits=weight_bits, **calibration_of(served.world))
     prepared = runtime.prepare(served.model, served.params)
     artefact = prepared.artefact(served.calibration.batch().x)
     facts = _facts(served, weight_bits)
@@ -167,6 +166,20 @@ def _facts(served: _Served, weight_bits: int) -> dict[str, str]:
         "input.mean": repr(encoding.mean),
         "input.std": repr(encoding.std),
     }
+
+
+def calibration_of(world: World) -> dict[str, Any]:
+    """Return the runtime's arguments that say how ranges are taken.
+
+    Those of the devices; where these differ by profile, what `[runtime]` says.
+    """
+
+    def of(args: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: args[name] for name in CALIBRATION if name in args}
+
+    first, *others = (of(kind.runtime_args) for kind in world.kinds.kinds)
+    differ = any(other != first for other in others)
+    return of(world.scenario.runtime.args) if differ else first
 
 
 def calibration_samples(world: World, most: int) -> Samples:

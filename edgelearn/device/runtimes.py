@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from edgelearn.continual.memory import Declaration, Memory, TensorSpec
-from edgelearn.errors import Fault, ScenarioError
+from edgelearn.errors import Fault, RunError, ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.protocol import Runtime, make_runtime
 from edgelearn.runtime.ranges import COLUMNS, Kept, Places
-from edgelearn.scenario.kinds import Kind
+from edgelearn.scenario.kinds import BASE, Kind
+from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World
 
@@ -39,6 +42,34 @@ def runtime_of(scenario: Scenario, kind: Kind) -> Runtime:
         raise ScenarioError(scenario.name, faults) from error
 
 
+def answer_faults(world: World, kind: Kind, model: FlatModel, runtime: Runtime) -> Iterator[Fault]:
+    """Yield why a network can't answer a sample, or can't be served by the runtime."""
+    x = Samples(world.train, torch.zeros(1, dtype=torch.int32)).batch().x
+    model.module.eval()
+    with torch.no_grad():
+        try:
+            model.module(x)
+        except (RuntimeError, ValueError, TypeError) as error:
+            shape = tuple(world.sample_shape)
+            yield Fault(*network_place(kind), f"the network can't take samples {shape}: {error}")
+            return
+        try:
+            runtime.prepare(model, model.initial()).calibrated(x)
+        except RunError as error:
+            name = world.scenario.runtime.name
+            yield Fault("runtime", "name", f"{name!r} can't serve the network{_of(kind)}: {error}")
+
+
+def network_place(kind: Kind) -> tuple[str, str]:
+    """Return where the network of a kind of device is named: table and key."""
+    table = "model" if kind.variant == BASE else f"model.variants.{kind.variant}"
+    return table, "name"
+
+
+def _of(kind: Kind) -> str:
+    return "" if kind.variant == BASE else f" of [model.variants.{kind.variant}]"
+
+
 # -- ranges ----------------------------------------------------------------------------------------
 
 
@@ -57,12 +88,25 @@ def num_ranges(world: World, model: FlatModel, network: tuple[str, float]) -> in
         world: The scenario's world.
         model: The network.
         network: Variant and width.
+
+    Raises:
+        ScenarioError: If it can't answer a sample, or can't be served.
     """
     if not world.scenario.runtime.keeps_ranges:
         return 0
     kinds = (kind for kind in world.kinds.kinds if kind.network == network)
-    found = [places_of(world, runtime_of(world.scenario, kind), model) for kind in kinds]
-    return max((len(places.names) for places in found if places is not None), default=0)
+    return max((_num_ranges(world, model, kind) for kind in kinds), default=0)
+
+
+def _num_ranges(world: World, model: FlatModel, kind: Kind) -> int:
+    runtime = runtime_of(world.scenario, kind)
+    try:
+        places = places_of(world, runtime, model)
+    except (RunError, RuntimeError, ValueError, TypeError) as error:
+        if faults := list(answer_faults(world, kind, model, runtime)):
+            raise ScenarioError(world.scenario.name, faults) from error
+        raise
+    return 0 if places is None else len(places.names)
 
 
 def declaration(count: int) -> Declaration:

@@ -11,25 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import torch
-
 import edgelearn.federated._flwr_compat as compat
 from edgelearn.compress.codec import make_codec
 from edgelearn.compress.submodel import Holdings
 from edgelearn.continual.strategy import make_strategy
 from edgelearn.device.budget import budget_faults
 from edgelearn.device.drift import make_detector
-from edgelearn.device.learner import Learner
 from edgelearn.device.learners import FleetLearners
 from edgelearn.device.profile import Profile, assign, load_profile
-from edgelearn.device.runtimes import runtime_of
+from edgelearn.device.runtimes import answer_faults, network_place, runtime_of
 from edgelearn.errors import DatasetError, Fault, PluginError, RunError, ScenarioError
 from edgelearn.federated.server import make_server_strategy, refuse_to_step
 from edgelearn.fleet.reference import one_thread
-from edgelearn.runtime.protocol import Runtime
-from edgelearn.scenario.kinds import BASE, Kind, kinds_of, names_of
+from edgelearn.scenario.kinds import kinds_of, names_of
 from edgelearn.scenario.presence import presence
-from edgelearn.scenario.samples import Samples
 from edgelearn.scenario.spec import Scenario
 from edgelearn.scenario.world import World, build
 
@@ -154,37 +149,9 @@ def _check_learners(
         refuse = partial(refuse_to_step, server, whole.layout, world.scenario)
         faults.attempt(refuse, "server", "strategy")
     for kind in world.kinds.kinds:
-        learner = faults.attempt(partial(learners.of_kind, kind), *_place(kind))
+        learner = faults.attempt(partial(learners.of_kind, kind), *network_place(kind))
         runtime = faults.attempt(partial(learners.runtime, kind), "runtime", "name")
         if learner is not None and runtime is not None:
-            faults.add(_answer_faults(world, kind, learner, runtime))
+            faults.add(answer_faults(world, kind, learner.model, runtime))
         if learner is not None and learner.codec is not None:
             faults.attempt(partial(learner.codec.pieces, learner.layout), "wire", "codec")
-
-
-def _answer_faults(world: World, kind: Kind, learner: Learner, runtime: Runtime) -> Iterator[Fault]:
-    """Yield why a network can't answer a sample, or can't be served by the runtime."""
-    model, x = learner.model, Samples(world.train, torch.zeros(1, dtype=torch.int32)).batch().x
-    model.module.eval()
-    with torch.no_grad():
-        try:
-            model.module(x)
-        except (RuntimeError, ValueError, TypeError) as error:
-            shape = tuple(world.sample_shape)
-            yield Fault(*_place(kind), f"the network can't take samples {shape}: {error}")
-            return
-        try:
-            runtime.prepare(model, model.initial()).calibrated(x)
-        except RunError as error:
-            name = world.scenario.runtime.name
-            yield Fault("runtime", "name", f"{name!r} can't serve the network{_of(kind)}: {error}")
-
-
-def _place(kind: Kind) -> tuple[str, str]:
-    """Return where the network of a kind of device is named: table and key."""
-    table = "model" if kind.variant == BASE else f"model.variants.{kind.variant}"
-    return table, "name"
-
-
-def _of(kind: Kind) -> str:
-    return "" if kind.variant == BASE else f" of [model.variants.{kind.variant}]"

@@ -154,8 +154,11 @@ class _Skeleton(nn.Module):
 
 
 def _module_name(name: str) -> str:
-    """Return what a layer is called in the skeleton, which is flat: names can't have dots."""
-    return name.replace(".", "/")
+    """Return what a layer is called in the skeleton, which is flat: names can't have dots.
+
+    With a colon, so that none is an attribute of modules.
+    """
+    return f"layer:{name.replace('.', '/')}"
 
 
 def _rounded_name(value: str) -> str:
@@ -163,6 +166,14 @@ def _rounded_name(value: str) -> str:
 
 
 # -- layer by layer --------------------------------------------------------------------------------
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 
 
 @final
@@ -179,11 +190,6 @@ class Layers(Form):
     def parts(self, model: FlatModel, params: Tensor) -> Parts:
         """Return the parts; weights and biases are views of the parameters [P]."""
         views, stored = model.layout.views(params), _stored_names(model.module)
-        weights: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for prefix in self.layers:
-            bias = stored.get(f"{prefix}bias")
-            weight = views[stored[f"{prefix}weight"]]
-            weights[prefix] = weight, None if bias is None else views[bias]
         quantized = _quantized_names(model.module)
         # What a layer that stays float shares with a quantized one is kept for it.
         taken = {stored[name] for name in stored if name not in quantized}
@@ -192,7 +198,7 @@ class Layers(Form):
             for name, view in views.items()
             if not name.startswith(SHARED) and (name in taken or name not in stored.values())
         }
-        return Parts(weights, in_float, partial(self._observe, model, params))
+        return Parts(weights_of(model, params), in_float, partial(self._observe, model, params))
 
     def _observe(self, model: FlatModel, params: Tensor, x: Tensor, see: See) -> None:
         def hook_of(prefix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -208,6 +214,22 @@ class Layers(Form):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def weights_of(model: FlatModel, params: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return weight and bias of each layer that is quantized, by prefix: views of parameters [P].
+
+    Layers that share a weight have the same view.
+    """
+    views, stored = model.layout.views(params), _stored_names(model.module)
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, layer in model.module.named_modules():
+        if _is_quantized(layer):
+            prefix = _prefix(name)
+            bias = stored.get(f"{prefix}bias")
+            weight = views[stored[f"{prefix}weight"]]
+            found[prefix] = weight, None if bias is None else views[bias]
+    return found
 
 
 def _prefix(name: str) -> str:
@@ -246,12 +268,28 @@ def _quantized_names(module: nn.Module) -> set[str]:
 
 def _with_quantized_layers(module: nn.Module) -> nn.Module:
     if _is_quantized(module):
-        return QuantizedLayer(module).eval()
+        return _quantized(module).eval()
     skeleton = copy.deepcopy(module).eval()
     made: dict[int, QuantizedLayer] = {}
     for name, layer in list(skeleton.named_modules(remove_duplicate=False)):
         if _is_quantized(layer):
             owner, _, leaf = name.rpartition(".")
-            quantized = made.setdefault(id(layer), QuantizedLayer(layer))
+            quantized = made.setdefault(id(layer), _quantized(layer))
             setattr(skeleton.get_submodule(owner), leaf, quantized)
+    for layer in skeleton.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            # Torch's fast path would take its layers' float weights; hooks keep it off.
+            layer.register_forward_pre_hook(_pass_on)
     return skeleton
+
+
+def _quantized(layer: Layer) -> QuantizedLayer:
+    """Return the quantized layer, with the hooks that the float one has."""
+    quantized = QuantizedLayer(layer)
+    for name in _HOOKS:
+        getattr(quantized, name).update(getattr(layer, name))
+    return quantized
+
+
+def _pass_on(_layer: nn.Module, _inputs: object) -> None:
+    """Change nothing."""

@@ -52,7 +52,7 @@ class _Coding(nn.Module):
         if low.dim() == 0:
             if not unknown:
                 return low, high, 0.0, None
-            rows = x.reshape(len(x), -1)
+            rows = x.flatten(1)  # also of no rows
             return rows.amin(1), rows.amax(1), self.least_step, None
         if len(owner) != len(x):
             raise ValueError(

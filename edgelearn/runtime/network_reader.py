@@ -9,9 +9,10 @@ they have no parameters, and sums of two values, so residual networks. Each laye
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ def read_network(model: FlatModel, shape: tuple[int, ...]) -> Network:
     network = _Reader(model.module).read()
     generator = torch.Generator().manual_seed(0)
     x, params = torch.rand(2, *shape, generator=generator), model.initial()
-    params += 0.1 * torch.rand(len(params), generator=generator)  # a new norm does nothing
+    # A new norm does nothing. Shifts that cancel out: any others add up, in a deep network beyond
+    # what float32 holds.
+    params += 0.1 * torch.rand(len(params), generator=generator) - 0.05
     with torch.no_grad():
         expected = model(params, x)
         values = network.evaluate(network.folded(model, params), x)
@@ -53,6 +56,8 @@ def read_network(model: FlatModel, shape: tuple[int, ...]) -> Network:
         if step.kind == "Add" and len({values[name].shape for name in step.inputs}) > 1:
             raise _unsupported("a sum of values of different shapes", step.name)
     found = values[network.output]
+    if not bool(torch.isfinite(expected).all()):
+        raise UnsupportedError("the network's answers are not finite, so nothing can be compared")
     if found.shape != expected.shape or not torch.allclose(
         found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())
     ):
@@ -86,6 +91,36 @@ _RESHAPES = ("view", "reshape", torch.reshape)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
+_FOLLOWING = threading.Lock()  # of two that overlap, one would leave torch patched for good
+
+
+@final
+class _Follower(Tracer):
+    """Follows the modules of its own thread alone: torch patches those of the whole process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Note a call, or let another thread's happen."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Note a parameter that is looked up, or let another thread have it."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 class _Reader:
     """Follows one forward pass."""
 
@@ -109,10 +144,11 @@ class _Reader:
             self._module.children()
         ):
             output = self._module_step(self._module, "", "output", ("input",))
-            return Network(tuple(self._operators), "input", output)
+            return self._folded(Network(tuple(self._operators), "input", output))
         entry = output = ""
         try:
-            graph = Tracer().trace(self._module)
+            with _FOLLOWING:
+                graph = _Follower().trace(self._module)
         except Exception as error:  # whatever a forward pass does that can't be followed
             raise UnsupportedError(
                 f"the forward pass can't be followed: {type(error).__name__}: {error}"
@@ -224,11 +260,12 @@ class _Reader:
     def _norm(self, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> Norm:
         if module.running_mean is None:
             raise _unsupported(f"{type(module).__name__} without running statistics", name)
+        prefix = f"{name}." if name else ""
         return Norm(
-            self._stored[f"{name}.weight"] if module.affine else None,
-            self._stored[f"{name}.bias"] if module.affine else None,
-            self._stored[f"{name}.running_mean"],
-            self._stored[f"{name}.running_var"],
+            self._stored[f"{prefix}weight"] if module.affine else None,
+            self._stored[f"{prefix}bias"] if module.affine else None,
+            self._stored[f"{prefix}running_mean"],
+            self._stored[f"{prefix}running_var"],
             module.eps,
         )
 

@@ -62,13 +62,14 @@ class Percentile(Observer):
     percent: float = 99.99
 
     def __post_init__(self) -> None:
-        if not 50 < self.percent <= 100:
-            raise ValueError(f"percentile is {self.percent}; allowed: above 50, and at most 100")
+        if not _is_number(self.percent) or not 50 < self.percent <= 100:
+            raise ValueError(f"percentile is {self.percent!r}; allowed: above 50, and at most 100")
 
     def range_of(self, values: Tensor) -> Pair:
         """Return the value of rank ceil(p n / 100) from below, and from above."""
         flat = values.flatten()
-        rank = math.ceil(round(self.percent / 100 * len(flat), 6))
+        # More than half of them, however close to 50 p is: rounded, it may seem to be none more.
+        rank = max(math.ceil(round(self.percent / 100 * len(flat), 6)), len(flat) // 2 + 1)
         high = flat.kthvalue(rank).values
         return flat.kthvalue(len(flat) + 1 - rank).values, high
 
@@ -85,8 +86,8 @@ class MovingAverage(Observer):
     rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"averaging is {self.rate}; allowed: above 0, and at most 1")
+        if not _is_number(self.rate) or not 0 < self.rate <= 1:
+            raise ValueError(f"averaging is {self.rate!r}; allowed: above 0, and at most 1")
 
     def range_of(self, values: Tensor) -> Pair:
         """Return the averages of samples' lowest and highest values."""
@@ -96,6 +97,10 @@ class MovingAverage(Observer):
         weights[0] = (1 - self.rate) ** (len(rows) - 1)  # where the average began
         low, high = ((weights @ part.double()).float() for part in (rows.amin(1), rows.amax(1)))
         return low, high
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 ARGUMENTS = ("calibration", "percentile", "averaging")  # of runtimes, see `make_observer`

@@ -57,7 +57,7 @@ def open_with_inputs(artefact: bytes, names: Collection[str]) -> tuple[Session, 
         names: The constants.
 
     Returns:
-        The session, and those of the names that its graph still has.
+        The session, and those of the names that its graph still has, and nothing made of them.
     """
     onnx = engine("onnx")
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,9 @@ def open_with_inputs(artefact: bytes, names: Collection[str]) -> tuple[Session, 
     options = _options()
     options.graph_optimization_level = engine("onnxruntime").GraphOptimizationLevel.ORT_DISABLE_ALL
     session = _open(model.SerializeToString(), options)
-    return session, frozenset(one.name for one in inputs)
+    # A bias that is still dequantized has a scale that was computed of the constants' values.
+    unfused = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return session, frozenset(one.name for one in inputs) - unfused
 
 
 def _options() -> Any:

@@ -311,9 +311,9 @@ class OnnxRuntime:
         percentile: float | None = None,
         averaging: float | None = None,
     ) -> None:
-        if weight_bits not in (0, *_BITS, _FLOAT):
+        if type(weight_bits) is not int or weight_bits not in (0, *_BITS, _FLOAT):
             raise ValueError(
-                f"weight_bits is {weight_bits}; allowed are 0 (by processor), 7, 8, 32"
+                f"weight_bits is {weight_bits!r}; allowed are 0 (by processor), 7, 8, 32"
             )
         for package in ("onnxruntime", "onnx"):
             engine(package)  # now, not in the middle of a run

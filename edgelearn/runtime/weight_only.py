@@ -11,7 +11,7 @@ from torch import Tensor
 from edgelearn.compress.quantize import LARGEST_CODE, quantize_weight, stored_bytes
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import SamePredictor
-from edgelearn.runtime.int8_forms import Layers
+from edgelearn.runtime.int8_forms import weights_of
 from edgelearn.runtime.protocol import GroupPrepared, Rows
 
 
@@ -35,7 +35,8 @@ class WeightOnlyPredictor(GroupPrepared):
         """Quantize the weights of parameters [P], which stay as they are."""
         own = params.detach().clone()
         num_bytes = 4 * model.layout.num_network
-        for weight, _ in Layers(model.module).parts(model, own).weights.values():
+        weights = (weight for weight, _ in weights_of(model, own).values())
+        for weight in {id(weight): weight for weight in weights}.values():  # tied ones once
             codes, scale = quantize_weight(weight, largest=LARGEST_CODE[weight_bits])
             weight.copy_(codes * scale.view(-1, *[1] * (weight.dim() - 1)))  # a view of `own`
             num_bytes += stored_bytes(weight.numel(), weight_bits) + 4 * len(scale)

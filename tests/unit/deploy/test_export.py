@@ -12,7 +12,7 @@ from torch import Tensor
 
 import edgelearn
 from edgelearn.cli import main
-from edgelearn.deploy.export import calibration_samples, export_onnx
+from edgelearn.deploy.export import calibration_of, calibration_samples, export_onnx
 from edgelearn.device.learners import make_learner
 from edgelearn.errors import RunError, StateError
 from edgelearn.federated.rundir import read_model, write_model
@@ -74,6 +74,20 @@ def test_ranges_are_taken_as_the_run_takes_them(raw: dict[str, Any], tmp_path: P
     steps = [name for name in plain if name.endswith(".scale") and plain[name].ndim == 0]
     assert steps
     assert all(narrow[name] < plain[name] for name in steps)
+
+
+def test_ranges_are_taken_as_all_devices_take_them_or_as_the_runtime_says(
+    raw: dict[str, Any],
+) -> None:
+    ways = {"calibration": "percentile", "percentile": 80}
+    raw["fleet"] |= {"profiles": {"phone-mid": 0.5, "sensor-hub": 0.5}}
+    raw["fleet"]["runtime_args"] = {"phone-mid": {**ways}, "sensor-hub": {**ways, "weight_bits": 4}}
+    assert calibration_of(build(from_dict(raw))) == ways
+    raw["fleet"]["runtime_args"]["sensor-hub"] = {}
+    assert calibration_of(build(from_dict(raw))) == {}
+    raw["runtime"] = {"name": "int8", "args": {"calibration": "moving-average"}}
+    raw["fleet"]["runtime_args"]["phone-mid"] = {"calibration": "min-max"}
+    assert calibration_of(build(from_dict(raw))) == {"calibration": "moving-average"}
 
 
 def test_the_file_says_what_it_is_and_how_inputs_are_made(directory: Path) -> None:

@@ -120,6 +120,22 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "wire.codec",
         "Bounded declares 'values' of no fixed size",
     ),
+    "the same where ranges are kept": (
+        {
+            "model": {"name": f"{__file__}:narrow_network", "args": {}},
+            "runtime": {"recalibrate": "on-drift"},
+        },
+        "model.name",
+        "the network can't take samples (1, 4, 4): ",
+    ),
+    "a network whose ranges the runtime can't keep": (
+        {
+            "model": {"name": f"{__file__}:tanh_network", "args": {}},
+            "runtime": {"name": "onnxruntime", "recalibrate": "tracked"},
+        },
+        "runtime.name",
+        "'onnxruntime' can't serve the network: Tanh at '2' can't be written down",
+    ),
     "a server that steps on what is only added up": (
         {"client": {"strategy": "scaffold"}, "server": {"strategy": "FedAdam"}},
         "server.strategy",

@@ -17,6 +17,7 @@ from edgelearn.errors import ScenarioError
 from edgelearn.params import FlatModel
 from edgelearn.runtime.float import FloatRuntime
 from edgelearn.runtime.int8 import Int8Predictor, Int8Runtime
+from edgelearn.runtime.int8_forms import Layers, form_of
 from edgelearn.runtime.protocol import make_runtime
 from edgelearn.scenario.models import cnn, mlp
 from edgelearn.scenario.world import build
@@ -165,6 +166,15 @@ def test_without_calibration_each_input_has_its_own_range(name: str) -> None:
     assert torch.equal(predict(x), expected)
     alone = torch.cat([predict(one[None]) for one in x])
     assert torch.equal(predict(x), alone)  # an answer does not depend on its neighbours
+
+
+@pytest.mark.parametrize("name", ["linear", "linear over places", "conv"])
+def test_no_inputs_get_no_answers(name: str) -> None:
+    factory, shape = LAYERS[name]
+    model, none = made(factory), torch.empty(0, *shape)
+    expected = model(model.initial(), none).shape
+    for calibration in (none, randn(4, *shape)):
+        assert serve(model, calibration)(none).shape == expected
 
 
 def test_a_large_bias_is_not_rounded_to_float32() -> None:
@@ -349,11 +359,36 @@ def test_batch_norm_is_folded_into_the_layer_before_it() -> None:
     served = serve(model, x, params)
     factor = views["1.weight"] / (views["1.running_var"] + 1e-5).sqrt()
     codes, scale = quantize_weight(views["0.weight"] * factor.view(-1, 1, 1, 1))
-    assert torch.equal(served.tensors["0.codes"], codes.float())
-    torch.testing.assert_close(served.tensors["0.scale"], scale)
+    assert torch.equal(served.tensors["layer:0.codes"], codes.float())
+    torch.testing.assert_close(served.tensors["layer:0.scale"], scale)
     bias = (views["0.bias"] - views["1.running_mean"]) * factor + views["1.bias"]
-    torch.testing.assert_close(served.tensors["0.bias"], bias)
-    assert not any(name.startswith("1") for name in served.tensors)
+    torch.testing.assert_close(served.tensors["layer:0.bias"], bias)
+    assert not any(name.startswith("layer:1") for name in served.tensors)
+
+
+def test_a_deep_network_is_read_as_any_other() -> None:
+    """Whatever a reader tries it with must not grow beyond float32 from layer to layer."""
+    block = lambda: (nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU())  # noqa: E731
+    model = made(lambda: nn.Sequential(*(m for _ in range(60) for m in block())))
+    assert type(form_of(model, (128,))) is not Layers
+
+
+def test_a_network_without_finite_answers_is_served_layer_by_layer() -> None:
+    model = made(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    next(model.module.parameters()).data.fill_(float("inf"))
+    assert type(form_of(model, (4,))) is Layers
+
+
+def test_layers_may_have_the_names_of_a_module_s_attributes() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._network, self._step = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._step(x + self._network(x))  # type: ignore[no-any-return]
+
+    close(made(Named), randn(20, 6), 0.1)
 
 
 def test_batch_norm_that_can_not_be_folded_stays_float() -> None:
@@ -368,6 +403,12 @@ def test_batch_norm_that_can_not_be_folded_stays_float() -> None:
     served = serve(model, x, params)
     assert torch.equal(served.tensors["2.running_mean"], views["2.running_mean"])
     assert isinstance(served.skeleton[2], nn.BatchNorm1d)  # type: ignore[index]
+
+
+def test_a_norm_alone_stays_float() -> None:
+    model, x = made(lambda: nn.BatchNorm1d(4)), randn(5, 4)
+    with torch.no_grad():
+        assert torch.equal(serve(model, x)(x), model(model.initial(), x))
 
 
 class Halved(nn.Module):
@@ -433,6 +474,31 @@ def test_shared_layers_and_shared_weights() -> None:
     model = made(Shares)
     params = model.initial() + 0.3 * randn(model.layout.size)
     close(model, randn(20, 4), 0.3, params)
+
+
+def test_hooks_do_to_a_quantized_layer_what_they_do_to_the_float_one() -> None:
+    model, x = made(lambda: nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))), randn(50, 6)
+    model.module[0].register_forward_pre_hook(lambda _layer, inputs: (3 * inputs[0],))  # type: ignore[index]
+    model.module[0].register_forward_hook(lambda _layer, _inputs, out: out + 5)  # type: ignore[index]
+    close(model, x, 0.1)
+    alone = made(lambda: nn.Linear(6, 4))
+    alone.module.register_forward_hook(lambda _layer, _inputs, out: out + 5)
+    close(alone, x, 0.05)
+
+
+def test_torch_s_fast_path_of_attention_is_not_taken() -> None:
+    """It reads float weights of layers that have none any more."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.encoder(x).mean(1))  # type: ignore[no-any-return]
+
+    close(made(Attention), randn(30, 5, 8), 0.05)
 
 
 def test_a_subclass_that_may_do_anything_stays_float() -> None:

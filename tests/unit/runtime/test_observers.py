@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from edgelearn.runtime.protocol import (
     Runtime,
     make_runtime,
 )
+from edgelearn.runtime.weight_only import WeightOnlyPredictor
 from edgelearn.scenario.models import cnn, mlp
 
 
@@ -53,6 +55,12 @@ def test_a_percentile_is_by_nearest_rank_from_both_ends(
 ) -> None:
     low, high = Percentile(percent).range_of(THOUSAND.view(10, 100))
     assert (float(low), float(high)) == pair
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 1000])
+def test_a_percentile_next_to_50_has_its_ends_in_order(count: int) -> None:
+    low, high = Percentile(50 + 1e-9).range_of(torch.arange(float(count)))
+    assert (float(low), float(high)) == ((count - 1) // 2, count // 2)
 
 
 def test_an_outlier_is_cut_off_by_a_percentile_only() -> None:
@@ -92,6 +100,10 @@ def test_with_a_rate_of_one_the_last_sample_counts() -> None:
         ({"calibration": "percentile", "percentile": 100.1}, "allowed: above 50"),
         ({"calibration": "percentile", "percentile": float("nan")}, "allowed: above 50"),
         ({"calibration": "moving-average", "averaging": 0}, "averaging is 0; allowed: above 0"),
+        ({"calibration": "percentile", "percentile": "99"}, "percentile is '99'; allowed: above"),
+        ({"calibration": "percentile", "percentile": True}, "percentile is True; allowed: above"),
+        ({"calibration": "moving-average", "averaging": True}, "averaging is True; allowed: above"),
+        ({"calibration": "moving-average", "averaging": "1"}, "averaging is '1'; allowed: above 0"),
         ({"percentile": 99}, "percentile is an argument of calibration 'percentile'"),
         (
             {"calibration": "percentile", "averaging": 0.1},
@@ -197,6 +209,35 @@ def test_dynamic_activations_are_those_of_a_device_without_samples() -> None:
     rows = Rows(x, torch.arange(20) % 2)
     group = dynamic.calibrated_group([rows], num_devices=2)
     assert torch.equal(group(rows), expected)
+
+
+@torch.no_grad()
+def test_weights_that_layers_share_are_stored_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+
+    model, x = made(Tied()), randn(5, 6)
+    served = Int8Runtime(activations="float").prepare(model, model.initial())
+    assert served.calibrated(x).model_bytes == 36 + 4 * 6 + 2 * 4 * 6
+    params = model.initial()
+    weight = model.layout.views(params)["first.weight"]
+    codes, scale = quantize_weight(weight)
+    weight.copy_(codes * scale.view(-1, 1))
+    assert torch.equal(served.calibrated(x)(x), model(params, x))
+
+
+def test_weight_only_makes_no_copy_of_the_network() -> None:
+    """It needs none, and some networks hold what can't be copied."""
+    model = made(mlp(input_shape=(6,), num_classes=3))
+    model.module.lock = threading.Lock()  # type: ignore[assignment]
+    served = Int8Runtime(activations="float").prepare(model, model.initial())
+    assert isinstance(served, WeightOnlyPredictor)
 
 
 @torch.no_grad()

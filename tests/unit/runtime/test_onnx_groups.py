@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from edgelearn.scenario.models import cnn, mlp
 
 engine = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
-from edgelearn.runtime import onnx_group  # noqa: E402
+from edgelearn.runtime import onnx_group, onnx_session  # noqa: E402
 from edgelearn.runtime.onnx_group import ranges_of_each  # noqa: E402
 from edgelearn.runtime.onnx_session import Session  # noqa: E402
 from edgelearn.runtime.onnxruntime import OnnxPredictor, OnnxPrepared, OnnxRuntime  # noqa: E402
@@ -71,6 +72,26 @@ def prepare(factory: Callable[[], nn.Module], *, bits: int = 8) -> OnnxPrepared:
     params = model.initial()
     params += 0.2 * torch.rand(len(params), generator=torch.Generator().manual_seed(1))
     return OnnxRuntime(weight_bits=bits).prepare(model, params)
+
+
+@torch.no_grad()
+def test_what_the_engine_does_not_compute_in_integers_is_not_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then it has multiplied the scales of biases already, which differ between devices."""
+    open_ = onnx_session._open
+
+    def without_fusion(artefact: bytes, options: Any, **how: Any) -> Session:
+        named = {"disabled_optimizers": ["ConstantSharing", "QDQSelectorActionTransformer"]}
+        return open_(artefact, options, **(named if how else {}))
+
+    monkeypatch.setattr(onnx_session, "_open", without_fusion)
+    factory, shape = NETWORKS["mlp"]
+    prepared, rows = prepare(factory), of_devices([5, 6], shape, 3)
+    found = prepared.calibrated_group([rows], num_devices=2)(rows)
+    for device in (0, 1):
+        x = rows.x[rows.device == device]
+        assert torch.equal(found[rows.device == device], prepared.calibrated(x)(x))
 
 
 @torch.no_grad()

@@ -577,5 +577,8 @@ def test_without_the_extra_there_is_one_clear_error(
 
 def test_it_is_found_by_name_and_checks_its_arguments() -> None:
     assert isinstance(make_runtime("onnxruntime", {"weight_bits": 7}), OnnxRuntime)
+    for bits in (False, 8.0, "8"):
+        with pytest.raises(ScenarioError, match=f"weight_bits is {bits!r}; allowed"):
+            make_runtime("onnxruntime", {"weight_bits": bits})
     with pytest.raises(ScenarioError, match="weight_bits is 4; allowed"):
         make_runtime("onnxruntime", {"weight_bits": 4})
