@@ -312,14 +312,18 @@ def _divided(above: float | None, below: float | None) -> float | None:
 
 def over_eager(result: dict[str, Any], subject: str) -> float | None:
     """Return how many times less an answer of int8 takes than one of eager float, batch 1."""
-    eager = _of(result, subject, FLOAT, "b1_p50_ms")
-    return _divided(eager, _of(result, subject, ONNX, "b1_p50_ms"))
+    return _quicker(result, subject, FLOAT)
 
 
 def over_float(result: dict[str, Any], subject: str) -> float | None:
     """Return how many times less it takes than one of the same engine's float, batch 1."""
-    exact = _of(result, subject, FLOAT_ONNX, "b1_p50_ms")
-    return _divided(exact, _of(result, subject, ONNX, "b1_p50_ms"))
+    return _quicker(result, subject, FLOAT_ONNX)
+
+
+def _quicker(result: dict[str, Any], subject: str, than: str) -> float | None:
+    """Return the median of ratios, each taken within a turn."""
+    found = results.ratio(result, "b1_p50_ms", _name(subject, than), _name(subject, ONNX))
+    return None if found is None else found[0]
 
 
 def lost(result: dict[str, Any], subject: str) -> float | None:
