@@ -353,9 +353,11 @@ takes a fifth of a step; with two processes on two cores nothing is left to gain
 kernels, which is what the native engine is. *W3*: below 20 microseconds an update the ratio hangs
 on how fast the machine runs Ray's Python: on a second machine (`results/w3-xeon.json`, Intel Xeon)
 batched was 165 x and native 631 x. *EWC's step*: beside the weights, the pull reads the anchor and
-the curvature in every step, so it moves two more vectors of the model's size. The kernels take a
-plain step of the 2NN in the time that memory needs for its weights, hence a third more for the
-pull; prefetching gained nothing, half precision would break the promised 1e-4 between engines.
+the curvature in every step, so it moves two more vectors of the model's size. On the Intel Xeon of
+this table torch's passes over them double a step of the reference engine, while the kernels, with
+one pass, add 17 %; on an AMD EPYC (`results/ewc-epyc.json`), where a plain step takes the kernels
+no longer than memory needs for its weights, it was 21 % and 33 %, and 35 % on the worst engine.
+Prefetching gained nothing, half precision would break the promised 1e-4 between engines.
 *Avalanche, 20
 devices*: its step of the 2NN costs 0.7 ms (replay) and 1.3 ms (EWC); the compiled step with its
 replayed samples costs 0.1 ms, so seven to thirteen is the most that training alone could give, and
@@ -363,9 +365,9 @@ consolidation (a Fisher of 240 samples per device; writing what is remembered) i
 left. With as many replayed samples in an epoch's last batch as in any other, which is what
 Avalanche does, accuracies agree. *One device*: what EWC adds there holds the Fisher of each
 experience; SI sees each step's gradient, which a plain step never writes out, and keeps a sum of
-the network's size. These two were taken before path integrals were declared; "What regularization
-adds to a step" has what is left since: the vectors of the 2NN do not fit the cache together with
-the weights, those of a network of 25,000 parameters do, and there the kernels stay below 25 %.
+the network's size. "What regularization adds to a step" has it by engine: the vectors of the 2NN do not
+fit the cache together with the weights, those of a network of 25,000 parameters do, and there the
+kernels stay below 25 %.
 *Int8 against float of one engine*: more than half of what an answer of the small CNN takes in int8
 is its first convolution, 24 microseconds, 4 in float ("Where ONNX Runtime's microseconds and bytes
 go"). The engine's direct integer convolutions on x86 want a multiple of 4 channels in and 16 or
