@@ -365,9 +365,9 @@ consolidation (a Fisher of 240 samples per device; writing what is remembered) i
 left. With as many replayed samples in an epoch's last batch as in any other, which is what
 Avalanche does, accuracies agree. *One device*: what EWC adds there holds the Fisher of each
 experience; SI sees each step's gradient, which a plain step never writes out, and keeps a sum of
-the network's size. "What regularization adds to a step" has it by engine: the vectors of the 2NN do not
-fit the cache together with the weights, those of a network of 25,000 parameters do, and there the
-kernels stay below 25 %.
+the network's size. "What regularization adds to a step" has it by engine: the vectors of the 2NN do
+not fit the cache together with the weights, those of a network of 25,000 parameters do, and there
+the kernels stay below 25 %.
 *Int8 against float of one engine*: more than half of what an answer of the small CNN takes in int8
 is its first convolution, 24 microseconds, 4 in float ("Where ONNX Runtime's microseconds and bytes
 go"). The engine's direct integer convolutions on x86 want a multiple of 4 channels in and 16 or
