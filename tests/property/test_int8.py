@@ -11,7 +11,8 @@ from torch import nn
 
 from edgelearn.compress.quantize import activation_scale, quantize_weight
 from edgelearn.params import FlatModel
-from edgelearn.runtime.int8 import Int8Runtime, _QuantizedLayer
+from edgelearn.runtime.int8 import Int8Runtime
+from edgelearn.runtime.int8_layers import QuantizedLayer
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 MODERATE = st.floats(-1e4, 1e4, width=32)
@@ -114,7 +115,7 @@ SHARES = st.sampled_from([0.0, 0.9, 1.0])
 
 
 def integers_of(layer: nn.Linear | nn.Conv2d, x: np.ndarray, codes: np.ndarray) -> torch.Tensor:
-    quantized = _QuantizedLayer(layer)
+    quantized = QuantizedLayer(layer)
     quantized.codes.copy_(torch.from_numpy(codes))
     return quantized._sum(torch.from_numpy(x).to(quantized.codes.dtype))
 
