@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +145,7 @@ def _resident(runtime: str, data: bytes, subject: Subject, **asked: Any) -> dict
     return {name: ended.result[name] for name in ("imported_mib", "answering_mib", "most_mib")}
 
 
-class _Bench:
+class _Bench(ABC):
     """A predictor for each size of a batch, and the way to one for new parameters."""
 
     def __init__(self, subject: Subject, asked: Asked) -> None:
@@ -164,17 +165,17 @@ class _Bench:
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
+    @abstractmethod
     def prepare(self) -> None:
         """Make the predictors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refreshed(self) -> dict[str, Any]:
         """Return the cost of new parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resident(self) -> dict[str, float]:
         """Return what a process that answers holds in memory."""
-        raise NotImplementedError
 
     def _times(self) -> dict[str, float]:
         found = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Self, final
 
 from torch import Tensor
 
@@ -12,25 +13,23 @@ from edgelearn.params import FlatModel
 from edgelearn.runtime.protocol import GroupPrepared, Predictor, Rows
 
 
-@final
 @dataclass(frozen=True, slots=True)
-class FloatPredictor(GroupPrepared):
-    """Float parameters, executed by torch."""
+class TorchPredictor(GroupPrepared):
+    """Parameters [P] that torch executes as they are: nothing of them is calibrated."""
 
-    serves_float: ClassVar[bool] = True
     model: FlatModel
     params: Tensor
 
     @property
+    @abstractmethod
     def model_bytes(self) -> int:
-        """Four bytes for each parameter."""
-        return 4 * self.model.layout.num_network
+        """Bytes of all that the device keeps to answer."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits [B, C]."""
         return self.model(self.params, x)
 
-    def calibrated(self, calibration: Tensor) -> FloatPredictor:  # noqa: ARG002
+    def calibrated(self, calibration: Tensor) -> Self:  # noqa: ARG002
         """Nothing to calibrate."""
         return self
 
@@ -42,6 +41,19 @@ class FloatPredictor(GroupPrepared):
     ) -> SamePredictor:
         """Nothing to calibrate."""
         return SamePredictor(self)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FloatPredictor(TorchPredictor):
+    """Float parameters."""
+
+    serves_float: ClassVar[bool] = True
+
+    @property
+    def model_bytes(self) -> int:
+        """Four bytes for each parameter."""
+        return 4 * self.model.layout.num_network
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -10,25 +9,25 @@ from torch import Tensor
 
 from edgelearn.compress.quantize import LARGEST_CODE, quantize_weight, stored_bytes
 from edgelearn.params import FlatModel
-from edgelearn.runtime.float import SamePredictor
+from edgelearn.runtime.float import TorchPredictor
 from edgelearn.runtime.int8_forms import weights_of
-from edgelearn.runtime.protocol import GroupPrepared, Rows
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class WeightOnlyPredictor(GroupPrepared):
+class WeightOnlyPredictor(TorchPredictor):
     """A network whose linear and convolution layers multiply floats by what codes stand for.
 
     Attributes:
-        model: The network.
-        params: [P], weights of these layers as their codes stand for them.
-        model_bytes: Codes, scales, and the rest in float.
+        num_bytes: Codes, scales, and the rest in float.
     """
 
-    model: FlatModel
-    params: Tensor
-    model_bytes: int
+    num_bytes: int
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all that the device keeps to answer."""
+        return self.num_bytes
 
     @classmethod
     def of(cls, model: FlatModel, params: Tensor, *, weight_bits: int) -> WeightOnlyPredictor:
@@ -42,20 +41,3 @@ class WeightOnlyPredictor(GroupPrepared):
             num_bytes += stored_bytes(weight.numel(), weight_bits) + 4 * len(scale)
             num_bytes -= 4 * weight.numel()
         return cls(model, own, num_bytes)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return logits [B, C]."""
-        return self.model(self.params, x)
-
-    def calibrated(self, calibration: Tensor) -> WeightOnlyPredictor:  # noqa: ARG002
-        """Nothing to calibrate."""
-        return self
-
-    def calibrated_group(
-        self,
-        calibration: Iterable[Rows],  # noqa: ARG002
-        *,
-        num_devices: int,  # noqa: ARG002
-    ) -> SamePredictor:
-        """Nothing to calibrate."""
-        return SamePredictor(self)
