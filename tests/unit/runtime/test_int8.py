@@ -412,25 +412,25 @@ def test_a_norm_alone_stays_float() -> None:
 
 
 class Halved(nn.Module):
-    """Twice x, once through a layer that changes nothing."""
+    """x and, through a layer, a part of it, summed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.same, self.last = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(4, 1, bias=False)
+        self.part, self.last = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(4, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last((self.same(x) + x).flatten(1))  # type: ignore[no-any-return]
+        return self.last((x + self.part(x)).flatten(1))  # type: ignore[no-any-return]
 
 
 def test_what_enters_a_sum_is_codes() -> None:
     model = made(Halved)
-    params = torch.ones(5)  # the sum of 2 x
-    calibration = torch.tensor([0.0, 255.0, 0.0, 0.0]).view(1, 1, 2, 2)  # steps of 1, then of 2
+    params = torch.tensor([-0.5, 1, 1, 1, 1])  # the sum of x / 2
+    calibration = torch.tensor([0.0, 255, 0, 0]).view(1, 1, 2, 2)  # x in steps of 1, the rest of .5
     x = torch.tensor([0.4, 1.4, 7.0, 100.2]).view(1, 1, 2, 2)
+    assert float(model(params, x)) == pytest.approx(109 / 2)
+    # In float, 1.4 would give 1.4 - 0.5, so 1.0 in steps of a half; and 0.4 would give 0.5.
     found = serve(model, calibration, params)(x)
-    assert found.tolist() == [[2.0 * (0 + 1 + 7 + 100)]]
-    exact = model(params, x)
-    assert float(exact) == pytest.approx(2 * 109)
+    assert float(found) == pytest.approx(0 + 0.5 + 3.5 + 50)
 
 
 def test_parameters_are_those_given_and_are_copied() -> None:
