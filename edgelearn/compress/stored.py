@@ -153,8 +153,8 @@ def _verify(data: bytes, checksum: str, source: str) -> None:
     found = hashlib.sha256(_with_checksum(data, checksum, _UNKNOWN)).hexdigest()
     if found != checksum:
         raise StateError(
-            f"{source}: damaged: its {len(data)} bytes have the SHA-256 {found}, and it says "
-            f"{checksum or 'none'}"
+            f"{source}: damaged: its {len(data)} bytes have the SHA-256 {found[:12]}..., expected "
+            f"{f'{checksum[:12]}...' if checksum else 'one, and it has none'}; write it anew"
         )
 
 
