@@ -372,9 +372,9 @@ the kernels stay below 25 %.
 is its first convolution, 24 microseconds, 4 in float ("Where ONNX Runtime's microseconds and bytes
 go"). The engine's direct integer convolutions on x86 want a multiple of 4 channels in and 16 or
 more out; with 1 and 8 it unfolds the image byte by byte and multiplies matrices. If that took no
-time at all, int8 would just reach 1.2 x. Blocks of places as channels, a depthwise convolution of a
-repeated channel, a fixed batch and the session's options change no integer and gained less than a
-tenth; signed activations double the convolution. With four times as many channels int8 is quicker.
+time at all, int8 would just reach 1.2 x. Tried by hand, with no clear gain and no script kept:
+blocks of places as channels, a depthwise convolution of a repeated channel, signed activations, a
+fixed batch and the session's options. With more channels int8 is quicker.
 *top-k 1 %*, with feedback: new classes come every eight rounds, and with ten of a hundred devices
 in a round each meets the server four times, so what it held back is stale by then; feedback brings
 nothing here ("When error feedback pays" has a fleet and a stream where it does). The rows of
