@@ -369,10 +369,10 @@ the network's size. "What regularization adds to a step" has it by engine: the v
 not fit the cache together with the weights, those of a network of 25,000 parameters do, and there
 the kernels stay below 25 %.
 *Int8 against float of one engine*: more than half of what an answer of the small CNN takes in int8
-is its first convolution, 24 microseconds, 4 in float ("Where ONNX Runtime's microseconds and bytes
+is its first convolution, 23 microseconds, 4 in float ("Where ONNX Runtime's microseconds and bytes
 go"). The engine's direct integer convolutions on x86 want a multiple of 4 channels in and 16 or
 more out; with 1 and 8 it unfolds the image byte by byte and multiplies matrices. If that took no
-time at all, int8 would just reach 1.2 x. Tried by hand, with no clear gain and no script kept:
+time at all, int8 would be at 1.3 x. Tried by hand, with no clear gain and no script kept:
 blocks of places as channels, a depthwise convolution of a repeated channel, signed activations, a
 fixed batch and the session's options. With more channels int8 is quicker.
 *top-k 1 %*, with feedback: new classes come every eight rounds, and with ten of a hundred devices
